@@ -120,7 +120,7 @@ class Router:
         if not found:
             raise NotFound(
                 "no such route; POST /v1/chat/completions, /v1/completions, /invocations, /generate and / answer "
-                "requests"
+                "requests; GET /openapi.json lists all routes"
             )
         for route in found:
             if method in route.methods:

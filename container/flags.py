@@ -17,7 +17,7 @@ from properties.field import Level
 from properties.lmi import RENAMED, ignored_because
 from properties.names import KEYS, OPTIONS, PREFIX, key_from_command_line, nearest
 from properties.settings import Settings
-from properties.sources import SAME, WITHOUT_EFFECT
+from properties.sources import SAME, VLLM_WITHOUT, WITHOUT_EFFECT
 
 SHORT = {"-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-size", "-q": "--quantization"}
 
@@ -125,19 +125,23 @@ class _Reader:
             self._add(positive, "false")
             return
         if not self._known(name):
-            near = nearest(PREFIX + name, Level.COMMAND_LINE, self._more)
-            hint = (
-                f"; did you mean --{near.replace('_', '-')}?"
-                if near
-                else "; lmi run --help says where they are"
-            )
-            raise FlagError(f"unknown flag {flag}{hint}")
+            raise FlagError(f"unknown flag {flag}; {self._hint(name)}")
         if entry:
             given = self._next(flag) if value is None else value
             _put(self._entries.setdefault(name, {}), entry.split("."), given)
             return
         self._add(name, self._value(flag, name) if value is None else value)
         self._named |= name == "model_id"
+
+    def _hint(self, name: str) -> str:
+        """Return what to do about a flag that is not known."""
+        if (instead := VLLM_WITHOUT.get(name)) is not None:
+            return instead
+        near = nearest(PREFIX + name, Level.COMMAND_LINE, self._more)
+        hint = (
+            f"did you mean --{near.replace('_', '-')}?" if near else "docs/configuration.md lists all flags"
+        )
+        return hint if self._more else f"{hint} (vLLM's own are known where vLLM is installed)"
 
     def _value(self, flag: str, name: str) -> str:
         """Return the arguments after a flag that are its value."""

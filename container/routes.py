@@ -104,8 +104,8 @@ class LightReplies:
         self._page_is_on = False
 
     def configure(self, configuration: Configuration) -> None:
-        self._public = configuration.public_names
         self._several = configuration.settings.multi_model
+        self._public = () if self._several else configuration.public_names
         self._page_is_on = page.is_on(configuration) and not self._several
 
     async def reply(self, call: Call, action: str, name: str) -> Reply:

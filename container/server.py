@@ -184,11 +184,13 @@ class Server:
     async def _load_several(self) -> None:
         """Begin to serve models that are loaded later, and those of the configured directory. Raises LoadFailed."""
         self.state.reason = "the models are loading"
+        words = _words()
         self._backend = models = Models(self.configuration)
         try:
             await models.load()
         except (ServingError, ArtefactError) as error:
             raise LoadFailed(str(error)) from error
+        await words
         self.state.several = models
         self.state.serve(models, models)
 
@@ -199,8 +201,7 @@ class Server:
             logger.info("%s: %s", self.state.reason, progress)
 
     async def _fetch_and_load(self) -> None:
-        # Prepared now, because the first refused request would have to wait for it.
-        words = asyncio.create_task(in_daemon_thread(own_words))
+        words = _words()
         location = self.configuration.model_location
         if location.kind != "directory":
             self.state.reason = "the model is being downloaded"
@@ -357,6 +358,11 @@ def serve(configuration: Configuration, build: BackendBuilder = build_backend) -
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(run())
+
+
+def _words() -> asyncio.Task[frozenset[str]]:
+    """Prepare what the log of a refused request needs: the first one would hold up all others for it."""
+    return asyncio.create_task(in_daemon_thread(own_words))
 
 
 async def in_daemon_thread(work: Callable[[], T]) -> T:

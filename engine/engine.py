@@ -19,7 +19,7 @@ from engine.prompt_lookup import PromptLookup
 from engine.runner import StepLogits
 from engine.sampler import INVALID, Sampler, prompt_logprobs
 from engine.sampling_params import SamplingParams
-from engine.scheduler import Chunk, ChunkInput, Scheduler
+from engine.scheduler import Chunk, ChunkInput, Encode, Run, Scheduler, Scrub, Trim
 from engine.sequence import BlockPool, Sequence
 
 T = TypeVar("T")
@@ -32,8 +32,8 @@ INTERNAL_ERROR = "the engine failed on this request"
 ENCODE_PER_STEP = 32
 """Greatest number of images that a step encodes."""
 
-PROMPT_ROWS = 256
-"""Number of positions whose prompt log probabilities are computed at a time."""
+PROMPT_LOGITS = 1 << 24
+"""Greatest number of logits that are computed at a time for the log probabilities of prompts."""
 
 MOST_LOST_STEPS = 8
 """Number of consecutive steps that fail for every request, each alone, before the process is considered
@@ -184,7 +184,7 @@ class Engine:
             self._advance(group, logits, outputs)
         self.scheduler.time.note_step(prompt_tokens, time.perf_counter() - began)
         attending = (s for s in self.scheduler.running if s.attends_images)
-        self.executor.trim([image.digest for s in attending for image in s.images] + deferred)
+        self.executor.execute(Trim([image.digest for s in attending for image in s.images] + deferred))
         return outputs
 
     def stats(self) -> Stats:
@@ -228,7 +228,7 @@ class Engine:
         began = time.perf_counter()
         self._together_or_alone(
             some,
-            lambda part: self.executor.encode([p for p in part if p.digest not in cache]),
+            lambda part: self.executor.execute(Encode([p for p in part if p.digest not in cache])),
             "encoding images",
         )
         seconds = time.perf_counter() - began
@@ -260,7 +260,9 @@ class Engine:
         if not chunks:
             return []
         groups = self._together_or_alone(
-            chunks, lambda part: self.executor.run([ChunkInput.of(chunk) for chunk in part]), "a step"
+            chunks,
+            lambda part: self.executor.execute(Run([ChunkInput.of(chunk) for chunk in part])),
+            "a step",
         )
         for group, logits in groups:
             if logits is None:
@@ -361,7 +363,7 @@ class Engine:
                 outputs.append(_invalid(sequence.request_id, NO_TOKEN_LEFT))
                 self._drop(sequence)
             else:
-                self.executor.scrub(self.pool.discard(sequence))
+                self.executor.execute(Scrub(self.pool.discard(sequence)))
                 self._fail(sequence, "the model gave no usable probabilities for this request", outputs)
         return [token_id for _, token_id, _ in sampled]
 
@@ -444,8 +446,9 @@ class Engine:
         first = max(chunk.start, len(noted))
         last = min(chunk.stop, sequence.num_prompt_tokens - 1)
         vocabulary = self.runner.vocab_size
-        for start in range(first, last, PROMPT_ROWS):
-            stop = min(start + PROMPT_ROWS, last)
+        most = max(1, PROMPT_LOGITS // vocabulary)
+        for start in range(first, last, most):
+            stop = min(start + most, last)
             targets = sequence.token_ids[start + 1 : stop + 1]
             with torch.inference_mode():
                 logits = self.runner.model.logits(hidden[start - chunk.start : stop - chunk.start])

@@ -19,9 +19,8 @@ import torch.distributed as dist
 from engine.config import EngineConfig
 from engine.loader import check_ranks, load_model
 from engine.machine import keep_freed_memory, usable_cores
-from engine.messages import ImageInput
 from engine.runner import ModelRunner, StepLogits
-from engine.scheduler import ChunkInput, Command, Encode, Run, Scrub, Trim
+from engine.scheduler import Command
 from engine.tensor_parallel import Ranks
 from processes.environment import child_command, child_environment
 from processes.inside import Frames
@@ -50,9 +49,8 @@ class RankSetup(msgspec.Struct):
 class Executor:
     """Runs the model in this process, which is rank 0 if there are several tensor-parallel ranks.
 
-    Each command is sent to the other ranks before this one executes it; see `ModelRunner` for their meanings. Ranks
-    that have executed different commands cannot be synchronised again, so a failure ends the process, and with it the
-    others; the front end restarts all of them.
+    Ranks that have executed different commands cannot be synchronised again, so a failure ends the process, and with it
+    the others; the front end restarts all of them.
     """
 
     def __init__(self, runner: ModelRunner, others: Sequence[Frames] = ()) -> None:
@@ -77,27 +75,13 @@ class Executor:
         """Whether the engine may continue with other requests after a failed call."""
         return not self._others
 
-    def run(self, chunks: list[ChunkInput]) -> StepLogits:
-        self._send(Run(chunks))
-        return self.runner.run(chunks)
-
-    def encode(self, images: list[ImageInput]) -> None:
-        self._send(Encode(images))
-        self.runner.encode(images)
-
-    def trim(self, keep: list[bytes]) -> None:
-        self._send(Trim(keep))
-        self.runner.encoder_cache.trim(keep)
-
-    def scrub(self, blocks: list[int]) -> None:
-        self._send(Scrub(blocks))
-        self.runner.kernel.scrub(blocks)
-
-    def _send(self, command: Command) -> None:
+    def execute(self, command: Command) -> StepLogits | None:
+        """Send the command to the other ranks, execute it here too, and return what this rank's runner returns."""
         if self._others:
             body = self._encoder.encode(command)
             for other in self._others:
                 other.send(body)
+        return self.runner.execute(command)
 
 
 def load_runner(config: EngineConfig) -> ModelRunner:

@@ -14,14 +14,22 @@ from transformers.utils import logging as transformers_logging
 
 from engine.config import EngineConfig
 from engine.errors import ModelLoadError, one_line
-from engine.families.base import Family, FamilyModel, Preprocessor
+from engine.families.base import Family, FamilyModel
 from engine.families.pixels import ProcessorBackend
+from engine.families.preprocessor import Preprocessor
 from engine.families.registry import family_of, kind_of, register, served
 from engine.fused import FusedDecoder, stack
 from engine.machine import computes_bfloat16
 from engine.packed_linear import pack, quantize
 from engine.tensor_parallel import Ranks
-from engine.weights import MISTRAL_CLASSES, are_mistrals, mistral_state_dict, weight_files
+from engine.weights import (
+    JUDGED,
+    MISTRAL_CLASSES,
+    are_mistrals,
+    complete,
+    mistral_state_dict,
+    weight_files,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -209,11 +217,9 @@ def _load_mistrals(
         )
     weights = mistral_state_dict(files, config)
     loader = getattr(transformers, name)
-    return family(
-        loader.from_pretrained(
-            None, config=config, state_dict=weights, dtype=dtype, attn_implementation=family.attention(config)
-        )
-    )
+    attention = family.attention(config)
+    given = {"config": config, "state_dict": weights, "dtype": dtype, "attn_implementation": attention}
+    return family(complete(loader.from_pretrained(None, **given, **JUDGED)))
 
 
 def _quantize(decoder: torch.nn.Module) -> None:

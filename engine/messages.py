@@ -99,8 +99,8 @@ class Add(msgspec.Struct, tag=True):
         images: Images of the prompt, in order.
         priority: Requests with lower values run first.
         grammar: What each completion must match (see `engine.guidance`); None for free text.
-        positions: Positions of the prompt, int64; see `engine.families.base.Preprocessor.positions`.
-        position_delta: See `engine.families.base.Preprocessor.positions`.
+        positions: Positions of the prompt, int64; see `engine.families.preprocessor.Preprocessor.positions`.
+        position_delta: See `engine.families.preprocessor.Preprocessor.positions`.
     """
 
     request_id: int

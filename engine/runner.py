@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
-from collections.abc import Collection
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +16,7 @@ from engine.attention.kernel import CacheShape, PackedStep
 from engine.attention.select import choose_kernel
 from engine.config import EngineConfig
 from engine.decode_graphs import DecodeGraphs, has_graphs
+from engine.encoder_cache import EncoderCache, EncoderOutput
 from engine.families.base import AttendedChunk, FamilyModel
 from engine.memory import cache_blocks, encoder_budget
 from engine.messages import EMBEDDINGS, ImageInput
@@ -41,58 +39,6 @@ class StepLogits:
 
     samples: torch.Tensor
     prompts: dict[int, torch.Tensor]
-
-
-class EncoderOutput(Protocol):
-    """A tensor [rows, hidden], or any other object that a family's own `forward` accepts."""
-
-    @property
-    def nbytes(self) -> int: ...
-
-    def clone(self) -> Any: ...
-
-
-class EncoderCache:
-    """An LRU cache of encoder outputs with a budget in bytes.
-
-    It may exceed the budget during a step, whose images must all be present; `trim` runs after the step.
-    """
-
-    def __init__(self, budget_bytes: int) -> None:
-        self._budget = budget_bytes
-        self._used = 0
-        self._features: OrderedDict[bytes, Any] = OrderedDict()
-        self.queries = 0
-        self.hits = 0
-
-    def __contains__(self, digest: bytes) -> bool:
-        return digest in self._features
-
-    def __getitem__(self, digest: bytes) -> Any:
-        self._features.move_to_end(digest)
-        return self._features[digest]
-
-    @property
-    def used_bytes(self) -> int:
-        return self._used
-
-    def count(self, *, hit: bool) -> None:
-        """Count the first lookup of a request's image."""
-        self.queries += 1
-        self.hits += hit
-
-    def put(self, digest: bytes, features: EncoderOutput) -> None:
-        assert digest not in self._features
-        self._features[digest] = features
-        self._used += features.nbytes
-
-    def trim(self, keep: Collection[bytes] = ()) -> None:
-        """Drop the oldest outputs until the cache is within its budget, except the digests in `keep`."""
-        for digest in list(self._features):
-            if self._used <= self._budget:
-                return
-            if digest not in keep:
-                self._used -= self._features.pop(digest).nbytes
 
 
 class ModelRunner:
@@ -153,17 +99,18 @@ class ModelRunner:
         packed = (m.weight_bytes for m in self.model.model.modules() if isinstance(m, PackedLinear))
         return sum(packed, sum(p.nbytes for p in self.model.model.parameters()))
 
-    def execute(self, command: Command) -> None:
-        """Execute a command of rank 0."""
+    def execute(self, command: Command) -> StepLogits | None:
+        """Execute a command, which every rank gets. Only `Run` has a result."""
         match command:
             case Run():
-                self.run(command.chunks)
+                return self.run(command.chunks)
             case Encode():
                 self.encode(command.images)
             case Trim():
                 self.encoder_cache.trim(command.keep)
             case Scrub():
                 self.kernel.scrub(command.blocks)
+        return None
 
     @torch.inference_mode()
     def encode(self, images: Items[ImageInput]) -> None:

@@ -31,7 +31,6 @@ _AMOUNTS = _AMOUNTS.astype(np.float32)
 """For each byte of a mask, 0 for the bits that are set and -inf for the others. Bit 0 comes first."""
 
 _BLOCK = 64
-_PROMPT_LOGPROBS_ELEMENTS = 1 << 24
 
 
 class Sampler:
@@ -204,12 +203,7 @@ def prompt_logprobs(logits: Tensor, next_token_ids: Sequence[int], k: int) -> li
     """
     assert len(logits) == len(next_token_ids)
     chosen = torch.tensor(next_token_ids, dtype=torch.int64, device=logits.device)
-    step = max(1, _PROMPT_LOGPROBS_ELEMENTS // logits.shape[-1])
-    packed = [
-        _pack_logprobs(logits[start : start + step], chosen[start : start + step], k)
-        for start in range(0, len(logits), step)
-    ]
-    return [_unpack_logprobs(row, k) for part in packed for row in part.tolist()]
+    return [_unpack_logprobs(row, k) for row in _pack_logprobs(logits, chosen, k).tolist()]
 
 
 def _select(table: Tensor, rows: Tensor) -> Tensor:

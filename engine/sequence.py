@@ -48,8 +48,8 @@ class Sequence:
         long_after: A sequence with more tokens `is_long`: the model uses other rotary frequencies for it, so
             all of its keys are computed again when it grows past this length. None where there is only one
             set of frequencies.
-        positions: See `engine.families.base.Preprocessor.positions`.
-        position_delta: See `engine.families.base.Preprocessor.positions`.
+        positions: See `engine.families.preprocessor.Preprocessor.positions`.
+        position_delta: See `engine.families.preprocessor.Preprocessor.positions`.
         lookup: Drafts the next tokens; None without speculative decoding.
         arrived: Time of arrival by `time.monotonic`.
         queued: Seconds from then to the first step that included it.

@@ -1,4 +1,4 @@
-"""Finds the weight files of a model, and reads those in Mistral's own format (`consolidated*.safetensors`).
+"""Finds the weight files of a model, judges whether they hold all of it, and reads those in Mistral's own format.
 
 Mistral's rotary embedding rotates adjacent numbers of a head together, transformers' the first half with the
 second. Therefore the rows of the query and key projections are reordered, in the decoder and in the vision
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +18,22 @@ from engine.errors import ModelLoadError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 _SAFE = ("model.safetensors", "model.safetensors.index.json")
 _MISTRAL = ("consolidated.safetensors", "consolidated.safetensors.index.json")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 PREFIX = "consolidated"
+
+JUDGED: Mapping[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+"""Arguments with which transformers' `from_pretrained` returns what `complete` judges."""
+
+_POOLING = "vision_tower.head."
+"""SigLIP's pooling, which no family uses. Checkpoints leave it out, and not every config.json says so."""
+
+_MOST_NAMED = 3
+"""The most tensors that a message names."""
 
 _DECODER = {
     "attention.wq": "self_attn.q_proj",
@@ -104,6 +113,37 @@ def weight_files(folder: Path, *, pickled: bool = False, named: str | None = Non
             "without running what is in them"
         )
     return [folder / file for file in files]
+
+
+def complete(loaded: tuple[PreTrainedModel, Mapping[str, Any]]) -> PreTrainedModel:
+    """Return a model that was loaded with `JUDGED`, if its files held all of it.
+
+    transformers initialises at random what is missing or has another shape, and only logs it. Buffers may be missing,
+    since they are computed.
+
+    Raises:
+        ModelLoadError: Names the tensors that are missing, or one of another shape.
+    """
+    model, info = loaded
+    wrong = sorted(info["mismatched_keys"])
+    if wrong:
+        name, stored, expected = wrong[0]
+        raise ModelLoadError(
+            f"the model's weights do not fit its config.json: {name} is {list(stored)} in the files and should be "
+            f"{list(expected)}{_and_more(len(wrong) - 1)}: fetch both from one place"
+        )
+    needed = {name for name, _ in model.named_parameters() if _POOLING not in name}
+    missing = sorted(set(info["missing_keys"]) & needed)
+    if missing:
+        raise ModelLoadError(
+            f"the model's files lack {', '.join(missing[:_MOST_NAMED])}{_and_more(len(missing) - _MOST_NAMED)} "
+            "(transformers' names): fetch the model again, or convert it with all of its weights"
+        )
+    return model
+
+
+def _and_more(count: int) -> str:
+    return f", and {count} more" if count > 0 else ""
 
 
 def _shards(index: Path) -> list[str]:

@@ -10,9 +10,9 @@ from typing import Any
 
 from handlers.backends.backend import Backend
 from handlers.backends.base import Engine, Lifecycle
+from handlers.backends.image_options import contradictions
 from handlers.backends.model_files import model_findings
 from handlers.backends.select import Choice, backend_of, choose_for, vllm_installed
-from handlers.backends.vision_flags import contradictions
 from handlers.backends.vllm.compat import parser_names
 from handlers.images.limits import ImageLimits
 from handlers.images.loader import ImageLoader

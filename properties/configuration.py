@@ -416,7 +416,9 @@ def _check_together(result: Resolution, home: Path | None) -> None:
             result.warn(f"{message}; it is checked against the model and changes nothing", name)
 
     def written(name: str) -> str:
-        return assigned(key_of(name), repr(getattr(settings, name)), sources[name].location)
+        value = getattr(settings, name)
+        shown = str(value).lower() if isinstance(value, bool) else repr(value)
+        return assigned(key_of(name), shown, sources[name].location)
 
     low, high = settings.min_workers, settings.max_workers
     if low is not None and high is not None and low > high:

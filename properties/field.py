@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import AllowInfNan, BeforeValidator, Field
 
+from properties.hosts import canonical_host
+
 BackendName = Literal["rolling", "vllm"]
 BOTH: tuple[BackendName, ...] = ("rolling", "vllm")
 VLLM: tuple[BackendName, ...] = ("vllm",)
@@ -132,16 +134,29 @@ def _names(value: object) -> object:
     return [part.strip() for part in value.split(",") if part.strip()]
 
 
-def _networks(value: object) -> object:
-    names = _names(value)
-    if isinstance(names, list):
-        for name in names:
-            if isinstance(name, str) and "/" in name:
-                try:
-                    ipaddress.ip_network(name)
-                except ValueError as error:
-                    raise ValueError(str(error)) from None
+def _each(read: Callable[[str], object]) -> Callable[[object], object]:
+    """Return what reads a list of names and refuses, as `read` does, those that mean nothing."""
+
+    def names(value: object) -> object:
+        found = _names(value)
+        for name in found if isinstance(found, list) else ():
+            if isinstance(name, str):
+                read(name)
+        return found
+
     return names
+
+
+def _network(name: str) -> object:
+    return ipaddress.ip_network(name) if "/" in name else canonical_host(name)
+
+
+_ORIGIN = re.compile(r"\*|null|[A-Za-z][A-Za-z0-9+.-]*://[^\s/?#]+")
+
+
+def _origin(name: str) -> None:
+    if not _ORIGIN.fullmatch(name):
+        raise ValueError(f"{name!r} is not an origin as browsers send it")
 
 
 def _devices(value: object) -> object:
@@ -324,9 +339,19 @@ Limits = Annotated[
     Allowed('counts from 0 for image, video, audio, as {"image": 4, "video": 0} or image=4,video=0'),
 ]
 Names = Annotated[list[str], BeforeValidator(_names), Allowed("a list: a,b or a JSON list")]
+Hosts = Annotated[
+    list[str],
+    BeforeValidator(_each(canonical_host)),
+    Allowed("a list of host names, without scheme, port or path: a,b or a JSON list"),
+]
+Origins = Annotated[
+    list[str],
+    BeforeValidator(_each(_origin)),
+    Allowed("a list of origins such as https://app.example, without a path, or *: a,b or a JSON list"),
+]
 Networks = Annotated[
     list[str],
-    BeforeValidator(_networks),
+    BeforeValidator(_each(_network)),
     Allowed("a list of host names, IP addresses and networks such as 10.0.0.0/8: a,b or a JSON list"),
 ]
 Devices = Annotated[

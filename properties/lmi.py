@@ -61,6 +61,7 @@ _IGNORED_OPTIONS = {
     "requests cannot name logits processors": "logits_processor_pattern",
     "write option.mm_processor_cache_gb=0": "disable_mm_preprocessor_cache",
     "write option.mm_encoder_tp_mode=data": "enable_multimodal_encoder_data_parallel",
+    "images are never read from files: send them as data: URLs": "allowed_local_media_path",
     "embeddings are not served": "override_pooler_config normalize",
     "write option.hf_overrides: without it the model runs as its config.json says": (
         "rope_scaling rope_theta rotary_base rotary_dim rotary_scaling_type rotary_scaling_factor"

@@ -19,6 +19,7 @@ from properties.field import (
     Dtype,
     Engine,
     Fraction,
+    Hosts,
     JsonObject,
     Length,
     Level,
@@ -27,6 +28,7 @@ from properties.field import (
     Names,
     Networks,
     Option,
+    Origins,
     Port,
     Positive,
     Seconds,
@@ -308,7 +310,7 @@ class VisionSettings(BaseModel):
     image_fetch_max_redirects: Count = option(
         "Redirects followed for one image; every target is checked again.", default=3
     )
-    allowed_media_domains: Names | None = option(
+    allowed_media_domains: Hosts | None = option(
         "Images are fetched only from these hosts (exact names). Default: any public host."
     )
     image_fetch_allow_private: Networks = option(
@@ -543,7 +545,7 @@ class ServerSettings(BaseModel):
         "none.",
         default="/opt/ml",
     )
-    cors_allowed_origin: Names = server_key(
+    cors_allowed_origin: Origins = server_key(
         "Origins of web pages that may call the server from a browser, such as https://app.example; * for any. "
         "Default: none.",
         default=[],

@@ -116,7 +116,9 @@ class CpuKernel(GatherKernel):
         """Keep all decodes together where nothing is padded."""
         if self._library is None or step.num_decodes == 0:
             return super()._group_decodes(step)
-        return [self._decode_group(step, list(range(step.num_decodes)), None)]
+        group = self._decode_group(step, list(range(step.num_decodes)), None)
+        group.contexts = torch.tensor(group.contexts)
+        return [group]
 
     def _decode(
         self,

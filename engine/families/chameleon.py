@@ -9,16 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from engine.families.base import (
-    LLAMA_PLAN,
-    Family,
-    FamilyModel,
-    FixedMetadata,
-    FixedPreprocessor,
-    Layout,
-    ModelFiles,
-)
+from engine.families.base import LLAMA_PLAN, Family, FamilyModel
 from engine.families.pixels import recipe_of
+from engine.families.preprocessor import FixedMetadata, FixedPreprocessor, Layout, ModelFiles
 
 if TYPE_CHECKING:
     import torch

@@ -10,15 +10,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ModelLoadError
-from engine.families.base import (
-    Family,
-    FamilyModel,
-    FixedMetadata,
-    FixedPreprocessor,
-    ModelFiles,
-    PlaceholderText,
-)
+from engine.families.base import Family, FamilyModel
 from engine.families.pixels import recipe_of
+from engine.families.preprocessor import FixedMetadata, FixedPreprocessor, ModelFiles, PlaceholderText
 from engine.families.text import check_text
 
 if TYPE_CHECKING:

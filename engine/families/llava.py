@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from engine.errors import ModelLoadError
-from engine.families.base import Family, FamilyModel, FixedMetadata, FixedPreprocessor, ModelFiles
+from engine.families.base import Family, FamilyModel
 from engine.families.pixels import recipe_of
+from engine.families.preprocessor import FixedMetadata, FixedPreprocessor, ModelFiles
 from engine.families.text import check_text
 
 if TYPE_CHECKING:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from engine.errors import ModelLoadError
-from engine.families.base import Arrays, Family, FamilyModel, Layout, Metadata, ModelFiles, Preprocessor
+from engine.families.base import Family, FamilyModel
 from engine.families.llava import num_image_tokens
 from engine.families.pixels import value_recipe
+from engine.families.preprocessor import Arrays, Layout, Metadata, ModelFiles, Preprocessor
 from engine.families.text import check_text
 from engine.families.tiles import Size, best_resolution, centred, cut, encode_tiles, fitted, without_padding
 

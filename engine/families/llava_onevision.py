@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.errors import ModelLoadError
-from engine.families.base import Arrays, Family, Layout, ModelFiles
+from engine.families.base import Family
 from engine.families.llava_next import LlavaNextMetadata, LlavaNextModel, LlavaNextPreprocessor
+from engine.families.preprocessor import Arrays, Layout, ModelFiles
 from engine.families.tiles import Size
 
 if TYPE_CHECKING:

@@ -16,19 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.families.base import (
-    LLAMA_PLAN,
-    Arrays,
-    AttendedChunk,
-    CacheLayout,
-    Family,
-    FamilyModel,
-    Layout,
-    Metadata,
-    ModelFiles,
-    Preprocessor,
-)
+from engine.families.base import LLAMA_PLAN, AttendedChunk, CacheLayout, Family, FamilyModel
 from engine.families.pixels import Recipe, value_recipe
+from engine.families.preprocessor import Arrays, Layout, Metadata, ModelFiles, Preprocessor
 
 if TYPE_CHECKING:
     import torch

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from engine.families.base import Family, FamilyModel, FixedMetadata, FixedPreprocessor, ModelFiles
+from engine.families.base import Family, FamilyModel
 from engine.families.pixels import recipe_of
+from engine.families.preprocessor import FixedMetadata, FixedPreprocessor, ModelFiles
 from engine.families.text import check_text
 
 if TYPE_CHECKING:

@@ -23,18 +23,11 @@ import numpy.typing as npt
 from PIL.Image import Resampling, Transpose
 
 from engine.errors import ModelLoadError
-from engine.families.base import (
-    Arrays,
-    Family,
-    FamilyModel,
-    Layout,
-    Metadata,
-    ModelFiles,
-    PlaceholderText,
-    Preprocessor,
-)
+from engine.families.base import Family, FamilyModel
 from engine.families.pixels import Pixels, ProcessorBackend, Recipe
+from engine.families.preprocessor import Arrays, Layout, Metadata, ModelFiles, PlaceholderText, Preprocessor
 from engine.families.tiles import encode_tiles
+from engine.weights import JUDGED, complete
 
 if TYPE_CHECKING:
     import torch
@@ -234,7 +227,9 @@ class Phi3VModel(FamilyModel):
 
         _, architecture = classes()
         options["attn_implementation"] = {"": IMPLEMENTATION, "vision_config": "sdpa"}
-        return cls(architecture.from_pretrained(model_path, **options, config=config, key_mapping=HUB_NAMES))
+        options |= {"config": config, "key_mapping": HUB_NAMES, **JUDGED}
+        loader: Any = architecture
+        return cls(complete(loader.from_pretrained(model_path, **options)))
 
     @property
     def text_config(self) -> PretrainedConfig:

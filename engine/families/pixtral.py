@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.errors import ModelLoadError, RequestRejected
-from engine.families.base import Arrays, Family, FamilyModel, Layout, Metadata, ModelFiles, Preprocessor
+from engine.families.base import Family, FamilyModel
 from engine.families.pixels import value_recipe
+from engine.families.preprocessor import Arrays, Layout, Metadata, ModelFiles, Preprocessor
 from engine.families.text import check_text
 from engine.families.tiles import Size
 

@@ -16,18 +16,17 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import ModelLoadError, RequestRejected
-from engine.families.base import (
+from engine.families.base import Family, FamilyModel
+from engine.families.pixels import ProcessorBackend, value_recipe
+from engine.families.preprocessor import (
     GRID,
     Arrays,
-    Family,
-    FamilyModel,
     Layout,
     Metadata,
     ModelFiles,
     PlaceholderText,
     Preprocessor,
 )
-from engine.families.pixels import ProcessorBackend, value_recipe
 
 if TYPE_CHECKING:
     import torch

@@ -44,7 +44,7 @@ _IGNORED: Mapping[str, tuple[object, ...]] = {
 }
 """Values with which a field that is not read here changes nothing, besides null, false and whatever is empty."""
 
-_VERSIONS = ("v3", "v7", "v11", "v13", "v15")
+VERSIONS = ("v3", "v7", "v11", "v13", "v15")
 """Versions of the tokenizer whose chats mistral.jinja writes."""
 
 _Size = Annotated[int, msgspec.Meta(ge=1)]
@@ -133,7 +133,7 @@ def completed(directory: Path, root: Path) -> Path:
 def chat_template(tekken: Tekken) -> str | None:
     """Return the chat template for a tokenizer of Mistral's; None if the format of its chats is not known."""
     version = tekken.config.version
-    if version not in _VERSIONS:
+    if version not in VERSIONS:
         return None
     template = Path(__file__).with_name("mistral.jinja").read_text(encoding="utf-8")
     effort = tekken.reasoning_effort

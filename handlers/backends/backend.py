@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,8 +12,24 @@ from properties.problem import Problem
 if TYPE_CHECKING:
     from engine.machine import Machine
     from handlers.backends.base import Engine, Lifecycle
-    from handlers.backends.model_files import Findings
     from properties.configuration import Configuration
+
+
+@dataclass
+class Findings:
+    """What is wrong with a model.
+
+    Attributes:
+        errors: Why it cannot be served.
+        warnings: What will not work.
+    """
+
+    errors: list[Problem] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
+
+    def add(self, texts: Iterable[str]) -> None:
+        """Add errors that concern the model itself."""
+        self.errors += [Problem(text, "model_id") for text in texts]
 
 
 @dataclass(frozen=True)

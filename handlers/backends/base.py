@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from engine.config import Vocabulary
 from engine.messages import Logprobs
 from handlers.deltas import FinishReason
+from handlers.errors import EngineFailed, Unavailable
 from handlers.parsers.base import AnswerFormats
 from handlers.request import Constraint, MediaPart, RequestSampling
 
@@ -109,6 +110,22 @@ class Capabilities:
 def compute_type(device: str, count: int) -> str:
     """Return the devices of one replica as TGI's launcher names them: "1-nvidia-a10g", "cpu"."""
     return device if device == "cpu" else f"{count}-{device.lower().replace(' ', '-')}"
+
+
+def no_engine(*, given_up: bool = False) -> Unavailable:
+    """Return the error of a request that comes while there is no engine. given_up: whether there will be none."""
+    text = "the engine failed too often" if given_up else "the engine is being restarted; try again"
+    return Unavailable(text, retry_after=5)
+
+
+def engine_died() -> EngineFailed:
+    """Return the error of a request whose engine has died."""
+    return EngineFailed("the engine process died while it worked on this request; try again")
+
+
+def engine_stopped() -> Unavailable:
+    """Return the error of a request whose engine was stopped with the server."""
+    return Unavailable("the server is stopping", retry_after=5)
 
 
 class Lifecycle(Protocol):

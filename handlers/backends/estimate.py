@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 from engine.families.registry import register
 from handlers.backends.weight_files import BITS, INDEX, PICKLED_INDEX, read_header, safetensors_files
-from properties.model import model_dtype, text_config
+from properties.model import model_dtype, read_object, text_config
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -100,16 +99,10 @@ def _tensor_bytes(path: Path, width: int) -> int:
 
 
 def _total_size(index: Path) -> int:
-    size = _read_json(index).get("metadata", {}).get("total_size", 0)
-    return int(size)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text("utf-8"))
+        return int(read_object(index).get("metadata", {}).get("total_size", 0))
     except ValueError:
-        raise ValueError(f"{path.name} is not valid JSON") from None
-    return content if isinstance(content, dict) else {}
+        raise ValueError(f"{index.name} holds no JSON object") from None
 
 
 def _parameters(config: Mapping[str, Any]) -> int:

@@ -5,8 +5,7 @@ Neither torch nor transformers is imported here; what only they can tell, `model
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,8 @@ import jinja2
 import msgspec
 
 from engine.errors import ModelLoadError
-from handlers.artefacts.mistral import TEKKEN
+from handlers.artefacts.mistral import TEKKEN, VERSIONS
+from handlers.backends.backend import Backend, Findings
 from handlers.backends.mistral_format import format_problems
 from handlers.backends.weight_files import unreadable
 from handlers.prompts.chat_templates import ChatTemplates, TemplateSource, read_chat_templates
@@ -24,7 +24,6 @@ from properties.names import key_of
 from properties.problem import ConfigurationError, Problem
 
 if TYPE_CHECKING:
-    from handlers.backends.backend import Backend
     from properties.configuration import Configuration
     from properties.settings import Settings
 
@@ -41,23 +40,6 @@ _JSON = (
 
 _TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "*.bpe", "tekken.json")
 """Files from which a tokenizer can be made."""
-
-
-@dataclass
-class Findings:
-    """What is wrong with a model.
-
-    Attributes:
-        errors: Why it cannot be served.
-        warnings: What will not work.
-    """
-
-    errors: list[Problem] = field(default_factory=list)
-    warnings: list[Problem] = field(default_factory=list)
-
-    def add(self, texts: Iterable[str]) -> None:
-        """Add errors that concern the model itself."""
-        self.errors += [Problem(text, "model_id") for text in texts]
 
 
 def model_findings(configuration: Configuration, directory: Path, backend: Backend) -> Findings:
@@ -145,9 +127,8 @@ def _templates(directory: Path, settings: Settings, of_family: object, found: Fi
             other = "" if settings.chat_template is not None else ", or set option.chat_template"
             found.errors.append(Problem(f"{text}; mend it{other}", "chat_template"))
     if not found.errors and not templates.named and used == (None, None):
-        mistrals = (
-            "; for tekken.json one is known of versions v3 and v7" if (directory / TEKKEN).is_file() else ""
-        )
+        known = f"; for tekken.json of the versions {', '.join(VERSIONS)} there is one"
+        mistrals = known if (directory / TEKKEN).is_file() else ""
         found.warnings.append(
             Problem(
                 "the model has no chat template, so every chat request will be refused: set option.chat_template to "

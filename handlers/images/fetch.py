@@ -34,12 +34,12 @@ from handlers.images.target import (
     AllowedPrivate,
     Resolver,
     Target,
-    canonical_host,
     checked,
     parse_target,
     resolve,
 )
 from processes.shortage import shortage
+from properties.hosts import canonical_host
 
 logging.getLogger("httpcore").setLevel(logging.INFO)  # below, it writes redirects with their secrets
 

@@ -12,14 +12,13 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from handlers.errors import ImageFetchFailed
 from handlers.images import ImageProblem
+from properties.hosts import canonical_host
 
 Resolver = Callable[[str, int], Sequence[str]]
 
 MAX_ADDRESSES = 4
 MAX_URL_CHARACTERS = 8192
 DEFAULT_PORTS = {"http": 80, "https": 443}
-MAX_HOST_CHARACTERS = 253
-HOST_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*):")
 BASE64 = re.compile(r"[A-Za-z0-9+/_=\s-]{32,}")
 KEPT_IN_PATH = "/%:@!$&'()*+,;=-._~"  # everything that RFC 3986 allows; a stray % is left as it is
@@ -110,21 +109,6 @@ def check_scheme(url: str) -> None:
             "its URL has no scheme; if it is base64, write data:image/jpeg;base64, in front of it"
         )
     raise ImageProblem("its URL has no scheme; send an http:, https: or data: URL")
-
-
-def canonical_host(name: str) -> str:
-    """Return a host in the form of `Target.host`: IDNA, lower case, no final dot; IPv6 compressed, without brackets.
-
-    Raises:
-        ValueError: It is not a host name.
-    """
-    if ":" in name:
-        return str(ipaddress.IPv6Address(name.removeprefix("[").removesuffix("]")))
-    if len(name) <= MAX_HOST_CHARACTERS:
-        ascii_name = name.encode("idna").decode("ascii").lower().removesuffix(".")
-        if HOST_NAME.fullmatch(ascii_name):
-            return ascii_name
-    raise ValueError(f"not a host name: {name[:MAX_HOST_CHARACTERS]!r}")
 
 
 def _host(name: str | None) -> str:

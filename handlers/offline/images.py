@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -16,7 +15,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from engine.errors import ModelLoadError
+from engine.families.preprocessor import GRID
 from engine.families.registry import family_of
+from engine.messages import EMBEDDINGS
 from engine.weights import weight_files
 from handlers.errors import ImageError, InvalidRequest
 from handlers.request import (
@@ -27,10 +28,10 @@ from handlers.request import (
     MediaPart,
 )
 from properties.configuration import read_model_config
+from properties.model import read_object
 
 Floats = npt.NDArray[np.float32]
 
-_ROWS, _GRID = "image_embeds", "image_grid_thw"
 _PROJECTOR = "multi_modal_projector."
 _WANTED = "give a PIL image, an array of height x width x 3 bytes, or embeddings of tokens x hidden size"
 
@@ -134,7 +135,8 @@ class PromptImages:
         largest = float(np.abs(rows).max())
         if not np.isfinite(largest):
             raise ImageError(index, "it holds numbers that are not finite in float32")
-        digest = hashlib.sha256(b"rows %d %d " % rows.shape + rows.tobytes()).digest()
+        shape = b"rows %d %d " % rows.shape + (b"" if grid is None else b"%d %d %d " % grid)
+        digest = hashlib.sha256(shape + rows.tobytes()).digest()
         return EmbeddingsPart("", given=LoadedEmbeddings(rows, largest, grid, digest))
 
     def _upright(self, index: int, pixels: Floats) -> Image.Image:
@@ -150,7 +152,7 @@ class PromptImages:
         """Return mean, standard deviation, and the factor of a level, from the model's processor."""
         for name, within in (("processor_config.json", "image_processor"), ("preprocessor_config.json", "")):
             try:
-                config = json.loads((self._path / name).read_text("utf-8"))
+                config = read_object(self._path / name)
                 config = config[within] if within else config
                 mean, std = (np.asarray(config[key], np.float32) for key in ("image_mean", "image_std"))
             except (OSError, ValueError, KeyError, TypeError):
@@ -241,18 +243,18 @@ def _items(given: Any) -> list[Any]:
 
 def _embeddings(given: Mapping[str, Any]) -> list[Any]:
     """Read vLLM's form for models that need to know how the patches are arranged."""
-    if unknown := [str(name)[:40] for name in given if name not in (_ROWS, _GRID)]:
-        raise InvalidRequest(f"multi_modal_data: {unknown[0]!r} is not supported; allowed: {_ROWS}, {_GRID}")
-    rows, grids = _array(given.get(_ROWS)), _array(given.get(_GRID))
+    if unknown := [str(name)[:40] for name in given if name not in (EMBEDDINGS, GRID)]:
+        raise InvalidRequest(
+            f"multi_modal_data: {unknown[0]!r} is not supported; allowed: {EMBEDDINGS}, {GRID}"
+        )
+    rows, grids = _array(given.get(EMBEDDINGS)), _array(given.get(GRID))
     if rows is None or rows.ndim not in (2, 3):
-        raise InvalidRequest(f"multi_modal_data: {_ROWS} must be an array of tokens x hidden size")
+        raise InvalidRequest(f"multi_modal_data: {EMBEDDINGS} must be an array of tokens x hidden size")
     each = [rows] if rows.ndim == 2 else list(rows)
     if grids is None:
         return [_Embeddings(one, None) for one in each]
     if grids.size != 3 * len(each):
-        raise InvalidRequest(
-            f"multi_modal_data: {_GRID} must be three numbers for each of {len(each)} images"
-        )
+        raise InvalidRequest(f"multi_modal_data: {GRID} must be three numbers for each of {len(each)} images")
     return [
         _Embeddings(one, (int(grid[0]), int(grid[1]), int(grid[2])))
         for one, grid in zip(each, grids.reshape(-1, 3), strict=True)

@@ -14,7 +14,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from handlers.errors import InvalidRequest, ServingError
-from handlers.offline.core import Core, Outcome
+from handlers.offline.batch import Outcome
+from handlers.offline.core import Core
 from handlers.offline.images import PromptImages
 from handlers.offline.options import configure
 from handlers.offline.outputs import RequestOutput, answered, failed

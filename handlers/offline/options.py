@@ -26,7 +26,6 @@ _OF_PIXELS = ("image_input_type", "image_input_shape")
 
 WITHOUT_EFFECT = by_name(
     {
-        "open a file with Pillow and give the image": "allowed_local_media_path",
         "only one way is implemented": (
             "async_scheduling attention_config compilation_config disable_cascade_attn disable_chunked_mm_input "
             "disable_custom_all_reduce distributed_executor_backend mm_encoder_tp_mode profiler_config "

@@ -117,7 +117,7 @@ def _completion(index: int, answer: Answer) -> CompletionOutput:
         index,
         answer.text,
         answer.token_ids,
-        sum(entry.chosen.logprob for entry in answer.logprobs) if answer.logprobs else None,
+        answer.logprob if answer.logprobs else None,
         [_candidates(entry) for entry in answer.logprobs] if answer.logprobs else None,
         answer.finish_reason,
         answer.stop_reason,

@@ -27,7 +27,7 @@ from handlers.request import ChatPrompt, Message, TextPart, TextPrompt, media_pa
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from engine.families.base import PlaceholderText, Preprocessor
+    from engine.families.preprocessor import PlaceholderText, Preprocessor
 
 log = logging.getLogger(__name__)
 

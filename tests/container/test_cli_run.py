@@ -116,6 +116,11 @@ class TestFlags:
         ]
         assert (found.rest, found.options) == (["M"], ["--dtype=auto"])
 
+    def test_a_folder_of_images_has_no_effect_and_that_is_said(self) -> None:
+        given = options("M", "--allowed-local-media-path", "/data")
+        (warning,) = resolve(model="org/model", environ={}, options=given).warnings
+        assert "images are never read from files: send them as data: URLs" in str(warning)
+
     def test_arguments_of_vllm_pass(self) -> None:
         more = ("long_prefill_token_threshold", "enable_sleep_mode")
         assert options("M", "--enable-sleep-mode", "--long-prefill-token-threshold", "4", more=more) == [
@@ -129,8 +134,9 @@ class TestFlags:
             (["--max-modle-len", "3"], "unknown flag --max-modle-len; did you mean --max-model-len"),
             (["--api-kye=secret"], "unknown flag --api-kye; did you mean --api-key"),
             (["--launch-kobold-api"], "unknown flag --launch-kobold-api;"),
-            (["--ssl-keyfile", "key.pem"], "unknown flag --ssl-keyfile;"),
-            (["--ssl-certfile", "cert.pem"], "unknown flag --ssl-certfile;"),
+            (["--ssl-keyfile", "key.pem"], "unknown flag --ssl-keyfile; the port speaks plain HTTP"),
+            (["--ssl-certfile", "cert.pem"], "unknown flag --ssl-certfile; the port speaks plain HTTP"),
+            (["--hf-overrides", "{}"], r"--hf-overrides; docs/configuration.md .* where vLLM is installed"),
             (["--admin-key", "secret"], "unknown flag --admin-key"),
             (["--config", "lmi.yaml"], "unknown flag --config"),
             (["--max-batch-total-tokens", "9"], "unknown flag --max-batch-total-tokens"),

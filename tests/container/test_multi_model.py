@@ -18,10 +18,11 @@ import httpx
 import psutil
 import pytest
 import schemathesis
+from safetensors.torch import load_file, save_file
 
 from container.models.messages import Start
 from container.models.serve import configuration_of
-from handlers.backends.unused import unused_on
+from handlers.backends.devices import unused_on
 from tests.support.live import LiveServer, chat_body, children_running, message
 from tests.support.sagemaker_front import ENDPOINT, SageMakerFront
 from tests.support.shapes import SHAPES, circle, square
@@ -58,6 +59,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(root / "hash1" / "model", root / "torn")
     (root / "torn" / "model.safetensors").write_bytes(b"\0" * 4096)
     (root / "torn" / "serving.properties").write_text("option.kv_cache_memory_mb=8\n")
+    shutil.copytree(root / "hash1" / "model", root / "hollow")
+    (root / "hollow" / "serving.properties").write_text("option.kv_cache_memory_mb=8\n")
+    tensors = load_file(root / "hollow" / "model.safetensors")
+    del tensors["language_model.lm_head.weight"]
+    save_file(tensors, root / "hollow" / "model.safetensors", {"format": "pt"})
     (root / "wrong").mkdir()
     shutil.copytree(root / "hash1" / "model", root / "wrong", dirs_exist_ok=True)
     (root / "wrong" / "serving.properties").write_text("option.max_model_len=many\n")
@@ -210,6 +216,7 @@ def test_a_model_that_does_not_fit_is_507_with_the_figures(server: LiveServer, m
         ("x", "empty", 400, "no model"),
         ("x", "wrong", 400, "max_model_len"),
         ("x", "torn", 400, "model.safetensors"),
+        ("x", "hollow", 400, "the model cannot be loaded: the model's files lack lm_head.weight"),
     ],
 )
 def test_what_cannot_be_loaded_is_refused_and_leaves_nothing(

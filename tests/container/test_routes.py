@@ -15,8 +15,10 @@ import pytest
 from container.app import ONE, App, Cors, MethodNotAllowed
 from container.metrics import Metrics
 from container.routes import ROUTES
+from container.server import Server
 from container.state import ServerState
 from handlers.errors import NotFound
+from handlers.protocols.errors import own_words
 from properties.configuration import resolve
 from tests.support.scripted import ScriptedBackend
 from tests.support.scripted_server import ServerProcess
@@ -275,6 +277,39 @@ def test_a_machine_that_holds_a_part_of_the_model_says_who_answers(tmp_path: Pat
     reply = asyncio.run(asked())
     assert reply.status_code == 503
     assert reply.json()["error"]["message"].startswith("this machine holds a part of the model")
+
+
+def test_a_server_of_several_models_lists_none_before_one_is_loaded(tmp_path: Path) -> None:
+    """Not the directory of them, as a server of one model lists the one that it loads."""
+    state = ServerState()
+    configuration = resolve(model=str(tmp_path), environ={}, options=["multi_model=true"])
+    transport = httpx.ASGITransport(app=App(configuration, state, Metrics(state.stats)))
+
+    async def asked() -> httpx.Response:
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.get("/v1/models")
+
+    assert asyncio.run(asked()).json() == {"object": "list", "data": []}
+
+
+def test_a_server_of_several_models_can_refuse_a_request_without_holding_up_others(tmp_path: Path) -> None:
+    """The words that a refusal's line in the log may hold are collected before the first request."""
+    own_words.cache_clear()
+    collected: list[int] = []
+
+    def stop() -> None:
+        collected.append(own_words.cache_info().currsize)
+        server.request_stop()
+
+    async def run() -> int:
+        nonlocal server
+        options = ["multi_model=true", "host=127.0.0.1", "port=0"]
+        server = Server(resolve(model=str(tmp_path), environ={}, options=options), ready=stop)
+        return await server.run()
+
+    server: Server
+    assert asyncio.run(run()) == 0
+    assert collected == [1]
 
 
 PAGE = "https://app.example"

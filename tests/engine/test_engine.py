@@ -26,7 +26,7 @@ from tests.support.engine_driver import (
     random_image,
     run_all,
 )
-from tests.support.models import make_llava
+from tests.support.models import VOCAB, make_llava
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def test_an_engine_that_fails_every_request_ends_instead_of_living_on(
     def run(chunks: object) -> None:
         raise error
 
-    monkeypatch.setattr(engine.executor, "run", run)
+    monkeypatch.setattr(engine.runner, "run", run)
 
     def serve_twenty() -> None:
         for _ in range(20):
@@ -224,6 +224,23 @@ def test_prompt_logprobs_come_once_for_all_answers(path: Path) -> None:
     results = run_all(load_engine(path), [add])
     assert results[0].outputs[0].prompt_logprobs is not None
     assert results[1].outputs[0].prompt_logprobs is None
+
+
+def test_prompt_logprobs_are_the_same_however_few_logits_are_computed_at_a_time(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def entries() -> list[Logprobs]:
+        found = one(load_engine(path), text(*range(20), params=greedy(prompt_logprobs=2, max_tokens=1)))
+        assert found.outputs[0].prompt_logprobs is not None
+        return found.outputs[0].prompt_logprobs
+
+    together = entries()
+    monkeypatch.setattr("engine.engine.PROMPT_LOGITS", 3 * VOCAB)
+    parts = entries()
+    assert len(together) == len(parts) == 19
+    assert [entry.token_ids for entry in parts] == [entry.token_ids for entry in together]
+    for part, whole in zip(parts, together, strict=True):
+        assert part.logprobs == pytest.approx(whole.logprobs, abs=1e-5)
 
 
 def test_aborting_the_first_answer_lets_the_others_go_on(engine: Engine) -> None:

@@ -18,9 +18,10 @@ from engine.config import EngineConfig
 from engine.errors import EngineDead, EngineStopped, ModelLoadError, RequestRejected
 from engine.messages import Add
 from engine.sampling_params import SamplingParams
-from handlers.backends.rolling.replicas import EngineClient, EngineGroup, EngineProcess, OutputStream
+from handlers.backends.rolling.engine_client import EngineClient, EngineProcess, OutputStream
+from handlers.backends.rolling.replicas import EngineGroup
 from tests.support.engine_driver import EOS, Oracle, Prompt, random_image
-from tests.support.engine_process import answer, config, finish, running
+from tests.support.engine_process import answer, config, finish, running, started
 from tests.support.models import make_llava
 
 
@@ -41,7 +42,7 @@ Kept = tuple[asyncio.Runner, EngineClient]
 @contextmanager
 def kept(config: EngineConfig) -> Iterator[Kept]:
     with asyncio.Runner() as runner:
-        client = runner.run(EngineClient.start(config))
+        client = runner.run(started(config))
         try:
             yield runner, client
         finally:
@@ -61,8 +62,11 @@ def two_ranks(llava: Path) -> Iterator[Kept]:
 
 
 @asynccontextmanager
-async def running_group(configs: Sequence[EngineConfig], **settings: float) -> AsyncIterator[EngineGroup]:
-    group = await EngineGroup.start(configs, **settings)  # type: ignore[arg-type]
+async def running_group(
+    configs: Sequence[EngineConfig], *, wait_for_all: bool = True, **settings: float
+) -> AsyncIterator[EngineGroup]:
+    group = EngineGroup(configs, **settings)  # type: ignore[arg-type]
+    await group.start(wait_for_all=wait_for_all)
     try:
         yield group
     finally:
@@ -260,7 +264,7 @@ def test_an_engine_that_hangs_is_killed_and_restarted(llava: Path) -> None:
 def test_a_crash_loop_is_given_up_although_the_watchdog_asks_in_between(
     llava: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("handlers.backends.rolling.replicas.PING_SECONDS", 0.05)
+    monkeypatch.setattr("handlers.backends.rolling.engine_client.PING_SECONDS", 0.05)
 
     async def scenario() -> None:
         async with running_group([config(llava)], retry_threshold=1) as group:
@@ -268,7 +272,7 @@ def test_a_crash_loop_is_given_up_although_the_watchdog_asks_in_between(
                 for _ in range(2):
                     while not group.alive:
                         await group.changed()
-                    assert await group.replicas[0].client.ping(10**6, 30.0)
+                    assert await group.replicas[0].client.ping(30.0)
                     group.replicas[0].client.kill()
                     while group.alive:
                         await group.changed()
@@ -318,7 +322,7 @@ def test_an_aborted_request_leaves_the_engine_within_a_step(one_rank: Kept) -> N
         stream = client.submit(endless())
         await stream.get()
         stream.abort()
-        assert await client.ping(1, 30.0)
+        assert await client.ping(30.0)
         assert client.stats.running == 0
         assert client.stats.blocks_used == 0
 
@@ -356,21 +360,21 @@ def test_two_replicas_share_the_load_and_remember_who_saw_what(llava: Path) -> N
 
 def test_the_engine_ends_when_the_front_is_gone(llava: Path) -> None:
     async def scenario() -> int:
-        client = await EngineClient.start(config(llava))
+        client = await started(config(llava))
         client.submit(endless())
-        client._connection.close()
+        client.process.connection.close()
         async with asyncio.timeout(60):
             await client.wait_dead()
             await client.stop()
-        assert client.returncode is not None
-        return client.returncode
+        assert client.process.returncode is not None
+        return client.process.returncode
 
     assert asyncio.run(scenario()) == 0
 
 
 def test_a_missing_model_is_reported_with_a_reason(tmp_path: Path) -> None:
     async def scenario() -> None:
-        await EngineClient.start(config(tmp_path))
+        await started(config(tmp_path))
 
     with pytest.raises(ModelLoadError, match=r"config\.json"):
         asyncio.run(scenario())

@@ -443,10 +443,7 @@ class TestLogprobs:
         assert answer.token_ids[1:] == [1, 2, 0]
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_prompt_logprobs_are_log_softmax(
-        self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr("engine.sampler._PROMPT_LOGPROBS_ELEMENTS", 250)
+    def test_prompt_logprobs_are_log_softmax(self, dtype: torch.dtype) -> None:
         logits = random_logits(7, 100).to(dtype)
         following = [3, 99, 0, 3, 50, 51, 52]
         answers = prompt_logprobs(logits, following, 2)

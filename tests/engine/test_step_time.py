@@ -25,7 +25,7 @@ class Clock:
 
     def __init__(self, engine: Engine) -> None:
         self.now = 0.0
-        self._run, self._encode = engine.executor.run, engine.executor.encode
+        self._run, self._encode = engine.runner.run, engine.runner.encode
 
     def perf_counter(self) -> float:
         return self.now
@@ -59,8 +59,8 @@ def steps(
     """The results, and how long each step took while the first request, which begins alone, streamed."""
     clock = Clock(engine)
     monkeypatch.setattr("engine.engine.time", clock)
-    monkeypatch.setattr(engine.executor, "run", clock.run)
-    monkeypatch.setattr(engine.executor, "encode", clock.encode)
+    monkeypatch.setattr(engine.runner, "run", clock.run)
+    monkeypatch.setattr(engine.runner, "encode", clock.encode)
     results: dict[int, Result] = {}
     took: list[float] = []
     collect(results, engine.add(stream))
@@ -124,7 +124,7 @@ def test_nothing_is_bounded_while_no_request_streams(
     first, second = (prompt.add(oracle.preprocessor, params) for prompt in prompts)
     clock = Clock(engine)
     monkeypatch.setattr("engine.engine.time", clock)
-    monkeypatch.setattr(engine.executor, "run", clock.run)
+    monkeypatch.setattr(engine.runner, "run", clock.run)
     second.request_id = 1
     engine.add(first)
     engine.add(second)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from engine.config import EngineConfig
 from engine.errors import ModelLoadError
 from engine.loader import load_model
-from engine.weights import weight_files
+from engine.weights import complete, weight_files
 from handlers.backends.rolling.model_front import ModelFront
 from handlers.backends.rolling.plan import plan_engines
 from handlers.backends.vllm.checkpoint import replaced_formats
@@ -89,6 +90,53 @@ def test_a_planted_upload_in_place_of_an_image_is_refused_and_never_run(tmp_path
         with pytest.raises(ImageError, match="image_embeds"):
             uploaded(part(saved(planted)))
     assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda found: found.pop("language_model.lm_head.weight"),
+            r"lack lm_head\.weight \(transformers' names\)",
+        ),
+        (
+            lambda found: [found.pop(name) for name in list(found) if "language_model.model.layers" in name],
+            r"lack model\.language_model\.layers\.\S+, \S+, \S+, and \d+ more",
+        ),
+        (
+            lambda found: found.update({"language_model.lm_head.weight": torch.zeros(3, 5)}),
+            r"lm_head\.weight is \[3, 5\] in the files and should be \[\d+, \d+\]: fetch",
+        ),
+    ],
+    ids=["one", "many", "another shape"],
+)
+def test_a_checkpoint_without_all_of_its_weights_is_refused(
+    model: Path, change: Callable[[dict[str, torch.Tensor]], object], message: str
+) -> None:
+    """transformers would answer with random numbers in their place."""
+    tensors = load_file(model / SAFE)
+    change(tensors)
+    save_file(tensors, model / SAFE, {"format": "pt"})
+    with pytest.raises(ModelLoadError, match=message):
+        loaded(model)
+
+
+def test_pooling_that_no_family_uses_may_be_missing() -> None:
+    tower = torch.nn.ModuleDict({"head": torch.nn.Linear(1, 1), "layer": torch.nn.Linear(1, 1)})
+    model: Any = torch.nn.ModuleDict({"vision_tower": tower})
+    info = {"mismatched_keys": [], "missing_keys": ["vision_tower.head.weight"]}
+    assert complete((model, info)) is model
+    info["missing_keys"].append("vision_tower.layer.bias")
+    with pytest.raises(ModelLoadError, match=r"lack vision_tower\.layer\.bias \("):
+        complete((model, info))
+
+
+def test_tensors_that_the_model_does_not_have_change_nothing(model: Path) -> None:
+    tensors = load_file(model / SAFE)
+    before = loaded(model)
+    save_file({**tensors, "language_model.further.weight": torch.zeros(3)}, model / SAFE, {"format": "pt"})
+    after = loaded(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_the_files_of_a_checkpoint(tmp_path: Path) -> None:

@@ -157,6 +157,7 @@ def test_routes_that_are_not_offered(server: LiveServer, method: str, path: str)
     reply = server.http.request(method, path)
     assert reply.status_code == 404
     assert "no such route" in reply.text
+    assert "openapi.json" in reply.text
 
 
 def test_a_list_of_prompts_is_answered_in_order(client: Any) -> None:

@@ -215,7 +215,9 @@ def test_secrets_never_show() -> None:
 
 
 def test_tool_choice_needs_a_parser() -> None:
-    with pytest.raises(ConfigurationError, match=r"needs option\.tool_call_parser"):
+    with pytest.raises(
+        ConfigurationError, match=r"option\.enable_auto_tool_choice = true \(.*needs option\.tool_call_parser"
+    ):
         configure("enable_auto_tool_choice=true")
     assert configure("enable_auto_tool_choice=true", "tool_call_parser=hermes").warnings == []
 

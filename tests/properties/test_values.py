@@ -90,7 +90,8 @@ def test_limit_that_makes_no_sense(text: str) -> None:
 def test_lists_and_objects() -> None:
     assert value("allowed_media_domains", "a.org, b.org") == ["a.org", "b.org"]
     assert value("served_model_name", '["a", "b,c"]') == ["a", "b,c"]
-    assert value("image_fetch_allow_private", "10.0.0.0/8,box") == ["10.0.0.0/8", "box"]
+    assert value("image_fetch_allow_private", "10.0.0.0/8,box,[::1]") == ["10.0.0.0/8", "box", "[::1]"]
+    assert value("cors_allowed_origin", "https://a.org:8443,null") == ["https://a.org:8443", "null"]
     assert value("load_on_devices", "0;2") == [0, 2]
     assert value("load_on_devices", "*") == "*"
     assert value("load_on_devices", "gpu0;GPU1") == [0, 1]
@@ -111,6 +112,12 @@ def test_lists_and_objects() -> None:
         ("rolling_batch", "neo"),
         ("port", "70000"),
         ("image_fetch_allow_private", "10.0.0.1/8"),
+        ("image_fetch_allow_private", "http://box"),
+        ("allowed_media_domains", "https://a.org/"),
+        ("allowed_media_domains", "*.a.org"),
+        ("allowed_media_domains", "a.org:8080"),
+        ("cors_allowed_origin", "app.example"),
+        ("cors_allowed_origin", "https://app.example/"),
         ("mm_processor_kwargs", "[1]"),
         ("output_formatter", "xml"),
         ("output_formatter", "3p"),

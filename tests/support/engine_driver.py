@@ -19,7 +19,7 @@ from transformers import (
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.families.base import Preprocessor
+from engine.families.preprocessor import Preprocessor
 from engine.loader import load_preprocessor
 from engine.messages import Add, ImageInput, Output, TensorData
 from engine.sampling_params import SamplingParams

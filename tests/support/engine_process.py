@@ -8,7 +8,7 @@ from pathlib import Path
 
 from engine.config import EngineConfig
 from engine.messages import Add, Output
-from handlers.backends.rolling.replicas import EngineClient, OutputStream
+from handlers.backends.rolling.engine_client import EngineClient, EngineProcess, OutputStream
 
 
 def config(path: Path, **settings: object) -> EngineConfig:
@@ -16,9 +16,13 @@ def config(path: Path, **settings: object) -> EngineConfig:
     return EngineConfig(model_path=str(path), **{**defaults, **settings})  # type: ignore[arg-type]
 
 
+async def started(config: EngineConfig) -> EngineClient:
+    return await (await EngineProcess.spawn()).load(config)
+
+
 @asynccontextmanager
 async def running(config: EngineConfig) -> AsyncIterator[EngineClient]:
-    client = await EngineClient.start(config)
+    client = await started(config)
     try:
         yield client
     finally:

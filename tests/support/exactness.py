@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from engine.config import LookupConfig
-from engine.families.base import CacheLayout, Preprocessor
+from engine.families.base import CacheLayout
+from engine.families.preprocessor import Preprocessor
 from engine.sampling_params import SamplingParams
 from tests.support.engine_driver import Oracle, Prompt, Result, collect, load_engine, random_image, run_all
 

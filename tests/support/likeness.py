@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoTokenizer
 
-from engine.families.base import Preprocessor
+from engine.families.preprocessor import Preprocessor
 from engine.loader import load_preprocessor
 from handlers.deltas import Delta
 from handlers.request import (

@@ -19,12 +19,13 @@ import json, sys
 from handlers.backends.rolling.model_front import ModelFront
 from properties.settings import Settings
 front = ModelFront.load(Settings(), sys.argv[1])
+text = front.text
 from PIL import Image
 image = front.preprocessor.prepare(Image.effect_mandelbrot((90, 70), (-2, -1, 1, 1), 20).convert("RGB"))
 print(json.dumps({
     "heavy": sorted({"torch", "transformers.modeling_utils"} & sys.modules.keys()),
-    "eos": front.eos_token_ids, "vocabulary": front.vocab_size, "ids": front.tokenizer("a red circle").input_ids,
-    "kind": type(front.tokenizer).__name__, "tokens": len(image.token_ids),
+    "eos": text.eos_token_ids, "vocabulary": text.vocab_size, "ids": text.tokenizer("a red circle").input_ids,
+    "kind": type(text.tokenizer).__name__, "tokens": len(image.token_ids),
     "pixels": float(image.tensors["pixel_values"].sum()), "fingerprint": front.preprocessor.fingerprint.hex(),
 }))
 """

@@ -208,6 +208,8 @@ parsing = load_parsing()
 kind = parsing.ParserManager.get_parser(
     tool_parser_name="hermes", reasoning_parser_name="granite", enable_auto_tools=True, is_harmony=False
 )
+has(kind, "set_prompt_token_ids tool_parser")
+assert callable(kind.tool_parser_cls.get_remaining_unstreamed_args)
 delta = ["delta_text", "delta_token_ids", "request", "prompt_token_ids", "finished"]
 assert parameters(kind.parse_delta)[1:] == delta
 assert {"enable_auto_tools", "model_output_token_ids"} <= set(parameters(kind.parse))

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import ModelLoadError
 from engine.families.registry import family_of, kind_of, served
-from handlers.backends.backend import DevicePlan, Needs, PromptCheck
-from handlers.backends.model_files import Findings, no_processor, too_long
+from handlers.backends.backend import DevicePlan, Findings, Needs, PromptCheck
+from handlers.backends.image_options import contradictions, crowded, image_tokens, unused_by_text, wanted
+from handlers.backends.model_files import no_processor, too_long
 from handlers.backends.rolling.plan import plan_engines, unused_devices
 from handlers.backends.select import remedy
-from handlers.backends.unused import unused_by_text
-from handlers.backends.vision_flags import contradictions, wanted
 from handlers.backends.weight_files import engine_weight_problems
 from handlers.errors import InvalidConfiguration
 from properties.model import context_length, model_dtype
@@ -25,6 +24,10 @@ if TYPE_CHECKING:
     from properties.configuration import Configuration
     from properties.problem import Problem
     from properties.settings import Settings
+
+
+IMAGE_SIZES = ((336, 336), (1344, 1344), (1920, 1080))
+"""The (width, height) of images whose number of tokens is reported to operators."""
 
 
 class RollingBackend:
@@ -132,7 +135,7 @@ class RollingBackend:
 
     def check_prompts(self, configuration: Configuration, directory: Path, machine: Machine) -> PromptCheck:
         """See `Backend`. Imports torch and transformers where old options about images are to be compared."""
-        from handlers.backends.rolling.model_front import IMAGE_SIZES, ModelFront
+        from handlers.backends.rolling.model_front import ModelFront
 
         settings = configuration.settings
         if problems := _contradictions(settings, directory):
@@ -144,14 +147,16 @@ class RollingBackend:
             front = ModelFront.load(settings, str(directory))
         except (InvalidConfiguration, ModelLoadError) as error:
             return PromptCheck(errors=[Problem(str(error))])
-        sizes = {f"{width}x{height}": front.image_tokens(width, height) for width, height in IMAGE_SIZES}
+        template, preprocessor = front.text.renderer.templates.described(), front.preprocessor
+        if preprocessor is None:
+            return PromptCheck(template)
+        sizes = {
+            f"{width}x{height}": image_tokens(preprocessor, width, height) for width, height in IMAGE_SIZES
+        }
         length = configuration.effective("max_model_len")
-        images = settings.limit_mm_per_prompt.get("image", 1)
-        crowded = None if length is None else front.crowded(images, settings.max_image_pixels, length)
+        full = None if length is None else crowded(settings, preprocessor, length)
         return PromptCheck(
-            front.template,
-            None if front.preprocessor is None else sizes,
-            warnings=[] if crowded is None else [Problem(crowded, "limit_mm_per_prompt")],
+            template, sizes, warnings=[] if full is None else [Problem(full, "limit_mm_per_prompt")]
         )
 
 

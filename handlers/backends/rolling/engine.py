@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import secrets
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from engine.errors import EngineDead, EngineError, EngineStopped, RequestRejected
-from engine.families.base import GRID, Arrays, PreparedImage, Preprocessor
 from engine.machine import usable_cores
-from engine.messages import EMBEDDINGS, Add, ImageInput, Output, TensorData
+from engine.messages import Add, ImageInput, Output, TensorData
 from handlers.backends.adapters import AdapterStore
 from handlers.backends.base import (
     BackendStats,
@@ -28,22 +23,20 @@ from handlers.backends.base import (
     PromptModel,
     TokenOutput,
     compute_type,
+    engine_died,
+    engine_stopped,
+    no_engine,
 )
 from handlers.backends.embeddings import EmbeddingsWanted
+from handlers.backends.image_options import crowded, unused_by_text
+from handlers.backends.rolling.engine_client import STUCK_SECONDS, EngineProcess, OutputStream
+from handlers.backends.rolling.image_preparer import ImagePreparer, place_images
 from handlers.backends.rolling.model_facts import ModelFacts, ModelQuestion, ask_engine
 from handlers.backends.rolling.model_front import ModelFront
 from handlers.backends.rolling.plan import plan_engines, replicas_named, unused_devices
-from handlers.backends.rolling.replicas import (
-    SPARE_AFTER_SECONDS,
-    STUCK_SECONDS,
-    EngineGroup,
-    EngineProcess,
-    OutputStream,
-)
-from handlers.backends.unused import unused_by_text
-from handlers.errors import EngineFailed, ImageError, InvalidRequest, Unavailable, short_of
-from handlers.request import EmbeddingsPart, ImagePart, LoadedEmbeddings, LoadedImage, MediaPart
-from processes.shortage import shortage
+from handlers.backends.rolling.replicas import SPARE_AFTER_SECONDS, EngineGroup
+from handlers.errors import EngineFailed, InvalidRequest, Unavailable
+from handlers.request import MediaPart
 
 if TYPE_CHECKING:
     from properties.configuration import Configuration
@@ -78,55 +71,55 @@ class RollingEngine:
             raise Unavailable(f"the model cannot be loaded: {error}") from error
         try:
 
-            def find(question: ModelQuestion, folder: Path, seconds: float | None) -> ModelFacts:
+            def ask(question: ModelQuestion, folder: Path, seconds: float | None) -> ModelFacts:
                 asked = asyncio.run_coroutine_threadsafe(ask_engine(engine, question, folder, seconds), loop)
                 from transformers import PreTrainedTokenizerFast  # noqa: F401  # takes a second of this wait
 
                 return asked.result()
 
-            front = await loop.run_in_executor(self._pool, ModelFront.load, self._settings, self._path, find)
+            front = await loop.run_in_executor(self._pool, ModelFront.load, self._settings, self._path, ask)
             vocabulary = await loop.run_in_executor(self._pool, lambda: front.vocabulary)
             plan = plan_engines(self._settings, self._path, front.accelerators, vocabulary)
             unused = [] if front.preprocessor is not None else unused_by_text(self._settings)
             for problem in unused_devices(self._settings, plan, front.accelerators) + unused:
                 logger.info("%s", problem)  # info: a script that runs anywhere writes it for another machine
-            self._group = await EngineGroup.start(
+            group = EngineGroup(
                 plan,
                 retry_threshold=self._settings.retry_threshold,
                 loading_seconds=self._settings.model_loading_timeout,
                 stuck_seconds=self._settings.engine_stuck_timeout or STUCK_SECONDS,
                 spawned=engine,
                 spare_after=SPARE_AFTER_SECONDS if self._settings.spare_engine else None,
-                wait_for_all=replicas_named(self._settings) or front.accelerators > 0,
             )
+            await group.start(wait_for_all=replicas_named(self._settings) or front.accelerators > 0)
         except BaseException as error:
             await engine.stop()
             if isinstance(error, EngineError | OSError):
                 raise Unavailable(f"the model cannot be loaded: {error}") from error
             raise
-        facts = self._group.ready
+        self._group, facts = group, group.ready
         self._front = front
-        self._model = PromptModel(front.tokenizer, front.renderer, front.vocab_size, self._pool, vocabulary)
+        self._model = PromptModel(
+            front.text.tokenizer, front.text.renderer, front.text.vocab_size, self._pool, vocabulary
+        )
         if front.preprocessor is not None:
             wanted = EmbeddingsWanted(
                 facts.row_size, facts.max_model_len - 1, facts.dtype, front.preprocessor.grid_merge
             )
             cache_bytes = self._settings.image_cache_mb << 19
             self._preparer = ImagePreparer(front.preprocessor, self._pool, cache_bytes, wanted)
-        images = self._settings.limit_mm_per_prompt.get("image", 1)
-        pixels = self._settings.max_image_pixels
-        if (crowded := front.crowded(images, pixels, facts.max_model_len)) is not None:
-            logger.warning("%s", crowded)
+            if (full := crowded(self._settings, front.preprocessor, facts.max_model_len)) is not None:
+                logger.warning("%s", full)
         logger.info(
             "embedded engine ready: %d of %d replicas, %s, attention %s, %d tokens of context, %d blocks of %d tokens",
-            len(self._group.alive), len(self._group.replicas), facts.dtype, facts.attention, facts.max_model_len,
+            len(group.alive), len(group.replicas), facts.dtype, facts.attention, facts.max_model_len,
             facts.num_blocks, facts.block_size,
         )  # fmt: skip
         self._capabilities = Capabilities(
             max_model_len=facts.max_model_len,
             images=front.preprocessor is not None,
             embeddings=True,
-            default_sampling=front.default_sampling,
+            default_sampling=front.text.default_sampling,
             structured_outputs=facts.constrains,
             dtype=facts.dtype,
             device_type=plan[0].devices[0].partition(":")[0],
@@ -153,7 +146,7 @@ class RollingEngine:
         if not parts or self._preparer is None:
             return RollingPrompt(token_ids, [])
         ready = await self._preparer.prepare(parts)
-        return RollingPrompt(*_place_images(token_ids, ready, self._front.renderer.image_token_id))
+        return RollingPrompt(*place_images(token_ids, ready, self._front.text.renderer.image_token_id))
 
     async def generate(self, prompt: RollingPrompt, request: EngineRequest) -> RollingStream:
         """See `Engine`."""
@@ -165,7 +158,7 @@ class RollingEngine:
             token_ids=token_ids,
             params=request.params.for_engine(),
             seeds=[(seed + index) % 2**63 for index in range(request.n)],
-            eos_token_ids=self._front.eos_token_ids,
+            eos_token_ids=self._front.text.eos_token_ids,
             images=prompt.placed,
             priority=request.priority,
             grammar=request.grammar,
@@ -178,15 +171,10 @@ class RollingEngine:
         try:
             outputs = group.submit(add, keys)
         except EngineDead as error:
-            reason = (
-                "the engine failed too often"
-                if group.given_up
-                else "the engine is being restarted; try again"
-            )
-            raise Unavailable(reason, retry_after=5) from error
+            raise no_engine(given_up=group.given_up) from error
         except RequestRejected as error:
             raise InvalidRequest(str(error)) from error
-        return RollingStream(outputs, self._front.eos_token_ids)
+        return RollingStream(outputs, self._front.text.eos_token_ids)
 
     def health(self) -> Health:
         """See `Lifecycle`."""
@@ -264,11 +252,9 @@ class RollingStream:
                     if output.request_id in self._open:
                         yield self._read(output)
         except EngineStopped as error:
-            raise Unavailable("the server is stopping", retry_after=5) from error
+            raise engine_stopped() from error
         except EngineDead as error:
-            raise EngineFailed(
-                "the engine process died while it worked on this request; try again"
-            ) from error
+            raise engine_died() from error
 
     def abort(self, index: int) -> None:
         """See `TokenStream`."""
@@ -302,131 +288,3 @@ class RollingStream:
             output.queued,
             None if entries is None else [None, *entries],
         )
-
-
-def _place_images(
-    token_ids: Sequence[int], ready: Sequence[ReadyImage], image_token_id: int | None
-) -> tuple[list[int], list[ImageInput]]:
-    """Replace each image token by its image's own tokens."""
-    made: list[int] = []
-    placed: list[ImageInput] = []
-    waiting = iter(ready)
-    for token in token_ids:
-        if token != image_token_id:
-            made.append(token)
-            continue
-        image = next(waiting)
-        own = image.prepared.token_ids
-        placed.append(ImageInput(image.digest, len(made), len(own), image.tensors, image.prepared.is_embed))
-        made += own
-    return made, placed
-
-
-@dataclass(frozen=True, slots=True)
-class ReadyImage:
-    """A prepared image in the form that goes to the engine, and the digest that identifies it everywhere."""
-
-    prepared: PreparedImage
-    tensors: dict[str, TensorData]
-    digest: bytes
-
-    @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.prepared.tensors.values())
-
-
-class ImagePreparer:
-    """An LRU cache of prepared images with a memory limit in bytes, filled by a pool of threads.
-
-    An image that several requests show at the same time is prepared once.
-    """
-
-    def __init__(
-        self,
-        preprocessor: Preprocessor[Any],
-        pool: ThreadPoolExecutor,
-        cache_bytes: int,
-        embeddings: EmbeddingsWanted,
-    ) -> None:
-        """Prepare with threads of a pool. embeddings: what the engine takes in place of images."""
-        self._embeddings = embeddings
-        self._preprocessor = preprocessor
-        self._pool = pool
-        self._budget = cache_bytes
-        self._used = 0
-        self._cache: OrderedDict[tuple[bytes, int], ReadyImage] = OrderedDict()
-        self._under_way: dict[tuple[bytes, int], asyncio.Task[ReadyImage]] = {}
-
-    async def prepare(self, parts: Sequence[MediaPart]) -> list[ReadyImage]:
-        """Return the prepared images in the parts' order. All must be loaded, and all are released afterwards.
-
-        Raises:
-            ImageError: The model does not accept an image, or the embeddings of one.
-        """
-        embeddings = [part for part in parts if isinstance(part, EmbeddingsPart)]
-        if embeddings and not self._preprocessor.takes_embeddings:
-            raise ImageError(0, "this model takes no image_embeds; send the image itself")
-        embedded = self._embeddings.checked(embeddings) if embeddings else []
-        ready = [self._as_they_are(loaded) for loaded in embedded]
-        variant = self._preprocessor.variant(len(parts))
-        for index, part in enumerate(parts):
-            if isinstance(part, ImagePart):
-                ready.append(await self._one(index, part, variant))
-        assert len(embedded) in (0, len(parts)), "a request holds images or embeddings"
-        for part in parts:
-            part.release()
-        return ready
-
-    def _as_they_are(self, loaded: LoadedEmbeddings) -> ReadyImage:
-        tensors: Arrays = {EMBEDDINGS: loaded.rows}
-        if loaded.grid is not None:
-            tensors[GRID] = np.array(loaded.grid)
-        prepared = PreparedImage([self._preprocessor.image_token_id] * len(loaded.rows), tensors)
-        return ReadyImage(prepared, _packed(tensors), loaded.digest[:16])
-
-    async def _one(self, index: int, part: ImagePart, variant: int) -> ReadyImage:
-        assert part.loaded is not None, "images are loaded before the backend sees them"
-        key = part.loaded.digest, variant
-        known = self._cache.get(key)
-        if known is not None:
-            self._cache.move_to_end(key)
-            return known
-        task = self._under_way.get(key)
-        if task is None:
-            task = asyncio.create_task(self._prepare(part.loaded, variant))
-            self._under_way[key] = task
-            task.add_done_callback(lambda _: self._under_way.pop(key, None))
-        try:
-            return await asyncio.shield(task)
-        except RequestRejected as error:
-            raise ImageError(index, str(error)) from error
-        except Exception as error:
-            if (what := shortage(error)) is not None:
-                raise short_of(what) from error
-            raise ImageError(index, "the model's processor cannot prepare this image") from error
-
-    async def _prepare(self, loaded: LoadedImage, variant: int) -> ReadyImage:
-        prepared = await asyncio.get_running_loop().run_in_executor(
-            self._pool, self._preprocessor.prepare, loaded.image, variant
-        )
-        known = loaded.digest + self._preprocessor.fingerprint + bytes([variant])
-        ready = ReadyImage(
-            prepared,
-            _packed(prepared.tensors),
-            hashlib.blake2b(known, digest_size=16).digest(),
-        )
-        self._remember((loaded.digest, variant), ready)
-        return ready
-
-    def _remember(self, key: tuple[bytes, int], ready: ReadyImage) -> None:
-        if key in self._cache or ready.nbytes > self._budget:
-            return
-        self._cache[key] = ready
-        self._used += ready.nbytes
-        while self._used > self._budget:
-            _, old = self._cache.popitem(last=False)
-            self._used -= old.nbytes
-
-
-def _packed(tensors: Arrays) -> dict[str, TensorData]:
-    return {name: TensorData.pack(array) for name, array in tensors.items()}

@@ -18,7 +18,7 @@ import msgspec
 
 from engine.errors import EngineDead, ModelLoadError, one_line
 from engine.families.pixels import ProcessorBackend
-from handlers.backends.rolling.replicas import EngineProcess
+from handlers.backends.rolling.engine_client import EngineProcess
 from handlers.prompts.tokenizer import load_tokenizer
 
 TOKENIZER = "tokenizer"
@@ -77,25 +77,12 @@ class _Found(msgspec.Struct, tag=True):
     facts: ModelFacts
 
 
-FactsFinder = Callable[[ModelQuestion, Path, float | None], ModelFacts]
-"""A blocking function, such as `model_facts`."""
+Asking = Callable[[ModelQuestion, Path, float | None], ModelFacts]
+"""A blocking function with the arguments of `model_facts` that asks another process."""
 
 
-def model_facts(question: ModelQuestion, folder: Path, seconds: float | None = None) -> ModelFacts:
-    """Find out about a model. Blocking.
-
-    A process is started just for this, unless the auto classes are already imported here for other reasons.
-
-    Args:
-        question: What to find out.
-        folder: An empty directory; afterwards its `tokenizer` contains the tokenizer's files.
-        seconds: The time limit; None for none.
-
-    Raises:
-        ModelLoadError: The model cannot be served, or it takes too long.
-    """
-    if _AUTO_CLASSES in sys.modules:
-        return _found(question, folder)
+def ask_new_process(question: ModelQuestion, folder: Path, seconds: float | None) -> ModelFacts:
+    """Ask a process that is started just for this."""
 
     async def ask() -> ModelFacts:
         engine = await EngineProcess.spawn()
@@ -107,12 +94,27 @@ def model_facts(question: ModelQuestion, folder: Path, seconds: float | None = N
     return asyncio.run(ask())
 
 
+def model_facts(
+    question: ModelQuestion, folder: Path, seconds: float | None = None, ask: Asking = ask_new_process
+) -> ModelFacts:
+    """Find out about a model: here, if the auto classes are imported already for other reasons; else ask. Blocking.
+
+    Args:
+        question: What to find out.
+        folder: An empty directory; afterwards its `tokenizer` contains the tokenizer's files.
+        seconds: The time limit of asking; None for none.
+        ask: Asks another process.
+
+    Raises:
+        ModelLoadError: The model cannot be served, or it takes too long.
+    """
+    return _found(question, folder) if _AUTO_CLASSES in sys.modules else ask(question, folder, seconds)
+
+
 async def ask_engine(
     engine: EngineProcess, question: ModelQuestion, folder: Path, seconds: float | None
 ) -> ModelFacts:
-    """Do the same as `model_facts` in an engine's process that has been spawned but has not loaded a model."""
-    if _AUTO_CLASSES in sys.modules:
-        return await asyncio.to_thread(_found, question, folder)
+    """Ask an engine's process that has been spawned but has not loaded a model; see `model_facts`."""
     asked = msgspec.msgpack.encode((question, str(folder)))
     try:
         async with asyncio.timeout(seconds):

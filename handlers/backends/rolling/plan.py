@@ -10,8 +10,8 @@ import msgspec
 
 from engine.config import EngineConfig, LookupConfig, Vocabulary
 from engine.machine import Machine, cpu_cache_bytes, host_memory, usable_cores
+from handlers.backends.devices import chosen_devices, unused_on
 from handlers.backends.estimate import cache_bytes_per_token
-from handlers.backends.unused import unused_on
 from handlers.backends.weights_read import WeightsRead
 from handlers.errors import InvalidConfiguration
 from properties.configuration import read_model_config
@@ -47,7 +47,10 @@ def plan_engines(
     Raises InvalidConfiguration when there are too few devices, or for what this engine lacks: int8 on an
     accelerator, other kinds of speculative decoding.
     """
-    devices = _devices(settings.load_on_devices, accelerators)
+    numbers, problems = chosen_devices(settings, accelerators)
+    if problems:
+        raise InvalidConfiguration("; ".join(map(str, problems)))
+    devices = [f"cuda:{number}" for number in numbers]
     degree = settings.tensor_parallel_degree
     if devices:
         ranks = len(devices) if degree == "max" else degree
@@ -130,8 +133,8 @@ def _longest_bytes(settings: Settings, directory: Path) -> int:
 
 def unused_devices(settings: Settings, plan: Sequence[EngineConfig], accelerators: int) -> list[Problem]:
     """Return a warning for each option about devices that has no effect in this plan."""
-    usable = len(_devices(settings.load_on_devices, accelerators))
-    return unused_on(settings, usable, len(plan), plan[0].tensor_parallel_degree, memory=True)
+    usable, _ = chosen_devices(settings, accelerators)
+    return unused_on(settings, len(usable), len(plan), plan[0].tensor_parallel_degree, memory=True)
 
 
 class _Ngram(msgspec.Struct, forbid_unknown_fields=True):
@@ -161,16 +164,3 @@ def _lookup(asked: Mapping[str, object] | None) -> LookupConfig | None:
             f"option.speculative_config: prompt_lookup_min is {shortest}, above prompt_lookup_max, {longest}"
         )
     return LookupConfig(ngram.num_speculative_tokens, shortest, longest)
-
-
-def _devices(wanted: Sequence[int] | Literal["*"], accelerators: int) -> list[str]:
-    """Return torch's names of the accelerators to use; empty on a machine without any."""
-    if not accelerators:
-        return []
-    numbers = range(accelerators) if wanted == "*" else wanted
-    for number in numbers:
-        if number >= accelerators:
-            raise InvalidConfiguration(
-                f"load_on_devices names {number}, but the devices are 0 to {accelerators - 1}"
-            )
-    return [f"cuda:{number}" for number in numbers]

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from handlers.backends.backend import DevicePlan, Needs, PromptCheck
-from handlers.backends.model_files import Findings, no_processor, too_long
-from handlers.backends.vision_flags import contradictions
+from handlers.backends.backend import DevicePlan, Findings, Needs, PromptCheck
+from handlers.backends.image_options import contradictions
+from handlers.backends.model_files import no_processor, too_long
 from handlers.backends.vllm.checkpoint import format_warnings, served_dtype, stored_dtype, weight_problems
 from handlers.backends.vllm.compat import parser_names
 from handlers.backends.vllm.devices import follows, heads_of, plan_devices

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from handlers.backends.unused import unused_on
+from handlers.backends.devices import chosen_devices, unused_on
 from handlers.errors import InvalidConfiguration
 from processes.environment import child_command, child_environment
 from processes.inside import die_with_parent
@@ -145,9 +145,9 @@ def plan_devices(
     """
     if heads is not None and extra.get("mm_encoder_tp_mode", "").strip().lower() == "data":
         heads = replace(heads, vision=0)  # each device has the whole tower
-    problems: list[Problem] = []
+    chosen, problems = chosen_devices(settings, accelerators)
     cluster, nodes, ray = None, _nodes(extra), _uses_ray(extra)
-    devices = nodes * len(_chosen(settings, accelerators, problems))
+    devices = nodes * len(chosen)
     if ray:
         devices, nodes, problems = accelerators, 1, []
         try:
@@ -220,22 +220,8 @@ def choose_devices(settings: Settings, accelerators: int) -> None:
         return
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     names = visible.split(",") if visible else [str(number) for number in range(accelerators)]
-    chosen = _chosen(settings, min(accelerators, len(names)), [])
+    chosen, _ = chosen_devices(settings, min(accelerators, len(names)))
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[number] for number in chosen)
-
-
-def _chosen(settings: Settings, accelerators: int, problems: list[Problem]) -> list[int]:
-    wanted = settings.load_on_devices
-    if wanted == "*" or accelerators == 0:
-        return list(range(accelerators))
-    problems += [
-        Problem(
-            f"load_on_devices names {number}, but the devices are 0 to {accelerators - 1}", "load_on_devices"
-        )
-        for number in wanted
-        if number >= accelerators
-    ]
-    return [number for number in wanted if number < accelerators]
 
 
 def share_cores(ranks: int) -> None:

@@ -23,6 +23,8 @@ from handlers.backends.base import (
     Health,
     PromptModel,
     compute_type,
+    engine_stopped,
+    no_engine,
 )
 from handlers.backends.vllm import compat
 from handlers.backends.vllm.adapters import LoadedAdapter, VllmAdapters, adapter_slots
@@ -197,7 +199,7 @@ class VllmEngine:
         config = engine.vllm_config
         prompts = await self._in_thread(VllmPrompts, settings, self._path, tokenizer, vllm, engine)
         structured = config.structured_outputs_config
-        vocabulary = await self._in_thread(constraint_vocabulary, structured, prompts)
+        vocabulary = await self._in_thread(constraint_vocabulary, structured, prompts.text)
         if settings.enable_mm_embeds and prompts.images:
             prompts.embeddings = await accepted_embeddings(vllm, engine, prompts)
         if parsers is not None:
@@ -209,7 +211,7 @@ class VllmEngine:
             max_model_len=int(config.model_config.max_model_len),
             images=prompts.images,
             embeddings=settings.enable_mm_embeds,
-            default_sampling=usual_sampling(prompts.default_sampling, builder.samplers),
+            default_sampling=usual_sampling(prompts.text.default_sampling, builder.samplers),
             adapters=settings.enable_lora,
             structured_outputs=True,
             dtype=str(config.model_config.dtype).removeprefix("torch."),
@@ -227,9 +229,9 @@ class VllmEngine:
             config.scheduler_config.max_num_seqs, config.scheduler_config.max_num_batched_tokens,
         )  # fmt: skip
         model = PromptModel(
-            prompts.tokenizer,
-            prompts.renderer,
-            prompts.vocab_size,
+            prompts.text.tokenizer,
+            prompts.text.renderer,
+            prompts.text.vocab_size,
             self._threads,
             vocabulary,
             json_whitespace="" if structured.disable_any_whitespace else None,
@@ -287,7 +289,7 @@ class VllmEngine:
             constraint = constraint_for_vllm(constraint, request.grammar)
         theirs = to_vllm(serving.vllm, request.params, request.n, constraint, serving.samplers)
         if (limits := runner_limits(engine.vllm_config)) is not None:
-            ends, tokenizer = serving.prompts.eos_token_ids, engine.get_tokenizer()
+            ends, tokenizer = serving.prompts.text.eos_token_ids, engine.get_tokenizer()
             check = partial(check_runner_limits, serving.vllm, limits, theirs, ends, tokenizer)
             if theirs.bad_words:
                 await self._in_thread(check)  # which makes tokens of them
@@ -320,7 +322,7 @@ class VllmEngine:
 
         def failure(error: Exception, begun: bool) -> ServingError:
             if isinstance(error, serving.vllm.EngineDeadError) and self._closed:
-                return Unavailable("the server is stopping", retry_after=5)
+                return engine_stopped()
             return failed(serving.vllm, engine, error, param, begun=begun)
 
         def ended(stream: VllmStream) -> None:
@@ -332,7 +334,7 @@ class VllmEngine:
             outputs,
             request,
             images=bool(prompt.images),
-            eos_token_ids=serving.prompts.eos_token_ids,
+            eos_token_ids=serving.prompts.text.eos_token_ids,
             failure=failure,
             ended=ended,
         )
@@ -381,12 +383,11 @@ class VllmEngine:
 
     def _engine(self) -> Any:
         """Return the engine that serves now. Raises Unavailable."""
-        if self._serving is None or self._closed:
-            raise Unavailable("the model is still loading", retry_after=5)
-        supervisor = self._serving.supervisor
+        if self._closed:
+            raise engine_stopped()
+        supervisor = self._loaded.supervisor
         if supervisor.engine is None or supervisor.engine.errored:
-            reason = "failed too often" if supervisor.given_up else "is being restarted; try again"
-            raise Unavailable(f"the engine {reason}", retry_after=5)
+            raise no_engine(given_up=supervisor.given_up)
         return supervisor.engine
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import NO_TOKEN_LEFT
 from engine.messages import Logprobs
-from handlers.backends.base import EngineRequest, TokenOutput
+from handlers.backends.base import EngineRequest, TokenOutput, engine_died
 from handlers.errors import EngineFailed, ImagesLost, InvalidRequest, Overloaded, ServingError
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def failed(
             failure of its own loop to all requests, which may also be before their first output.
     """
     if isinstance(error, vllm.EngineDeadError):
-        return EngineFailed("the engine process died while it worked on this request; try again")
+        return engine_died()
     if not (begun or engine.errored):
         if isinstance(error, vllm.GracefulHTTPError):
             return Overloaded("the engine's queue is full; try again later", retry_after=1)

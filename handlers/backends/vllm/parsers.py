@@ -180,8 +180,7 @@ class VllmParser:
     def whole(self, text: str, token_ids: Sequence[int] = ()) -> list[Piece]:
         try:
             parser, request = self._opened
-            if hasattr(parser, "set_prompt_token_ids"):
-                parser.set_prompt_token_ids(self._prompt_token_ids)
+            parser.set_prompt_token_ids(self._prompt_token_ids)
             reasoning, content, calls = parser.parse(
                 text,
                 request,
@@ -233,10 +232,8 @@ class VllmParser:
                 text, list(token_ids), request, self._prompt_token_ids, finished=finished
             )
             pieces = [] if message is None else self._shown.pieces(message)
-            if finished and (message is None or not message.tool_calls):
-                tools: Any = getattr(parser, "tool_parser", None)
-                if hasattr(tools, "get_remaining_unstreamed_args"):
-                    pieces += self._shown.more_arguments(str(tools.get_remaining_unstreamed_args()))
+            if finished and parser.tool_parser is not None and (message is None or not message.tool_calls):
+                pieces += self._shown.more_arguments(parser.tool_parser.get_remaining_unstreamed_args())
             return pieces
         # Any of several dozen parsers may fail on what a model writes; the completion goes on.
         except Exception as error:

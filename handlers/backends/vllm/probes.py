@@ -43,14 +43,7 @@ class Counters:
 
 
 def stat_logger(vllm: Vllm, counters: Counters) -> Any:
-    """Return a factory for `AsyncLLM`'s `stat_loggers` that updates the counters.
-
-    vLLM does not promise that this interface is stable, so a missing field counts as 0.
-    """
-
-    def number(source: Any, name: str) -> float:
-        value = getattr(source, name, 0)
-        return value if isinstance(value, int | float) else 0
+    """Return a factory for `AsyncLLM`'s `stat_loggers` that updates the counters."""
 
     class Recorder(vllm.StatLoggerBase):  # type: ignore[misc, name-defined]
         def __init__(self, *_: Any) -> None:
@@ -62,17 +55,17 @@ def stat_logger(vllm: Vllm, counters: Counters) -> Any:
             iteration_stats: Any = None,
             mm_cache_stats: Any = None,
             engine_idx: int = 0,
-            **more: Any,
         ) -> None:
             counters.signs[engine_idx] = time.monotonic()
             if scheduler_stats is not None:
-                counters.cache_usage[engine_idx] = float(number(scheduler_stats, "kv_cache_usage"))
-                prefix = getattr(scheduler_stats, "prefix_cache_stats", None)
-                counters.prefix_queries += int(number(prefix, "queries"))
-                counters.prefix_hits += int(number(prefix, "hits"))
-            counters.preemptions += int(number(iteration_stats, "num_preempted_reqs"))
-            counters.mm_queries += int(number(mm_cache_stats, "queries"))
-            counters.mm_hits += int(number(mm_cache_stats, "hits"))
+                counters.cache_usage[engine_idx] = scheduler_stats.kv_cache_usage
+                counters.prefix_queries += scheduler_stats.prefix_cache_stats.queries
+                counters.prefix_hits += scheduler_stats.prefix_cache_stats.hits
+            if iteration_stats is not None:
+                counters.preemptions += iteration_stats.num_preempted_reqs
+            if mm_cache_stats is not None:
+                counters.mm_queries += mm_cache_stats.queries
+                counters.mm_hits += mm_cache_stats.hits
 
         def log_engine_initialized(self) -> None:
             pass
@@ -121,7 +114,7 @@ async def accepted_embeddings(vllm: Vllm, engine: Any, prompts: VllmPrompts) -> 
 
     Raises InvalidConfiguration if the engine fails on them.
     """
-    wanted, token = embeddings_wanted(engine), prompts.renderer.image_token_id
+    wanted, token = embeddings_wanted(engine), prompts.text.renderer.image_token_id
     if wanted is None or token is None:
         return None
     parts = [smallest_embeddings(wanted)]

@@ -17,9 +17,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from engine.errors import ModelLoadError
-from engine.families.base import PlaceholderText
+from engine.families.preprocessor import GRID, PlaceholderText
+from engine.messages import EMBEDDINGS
+from handlers.backends.base import no_engine
 from handlers.backends.embeddings import EmbeddingsWanted
 from handlers.backends.mistral_format import mistral_weights_alone
+from handlers.backends.model_text import ModelText
 from handlers.backends.vllm.compat import (
     accepts_images,
     embedding_fields,
@@ -28,14 +31,9 @@ from handlers.backends.vllm.compat import (
     most_rows,
 )
 from handlers.backends.vllm.outputs import refused
-from handlers.errors import ImageError, InvalidRequest, Unavailable
+from handlers.errors import ImageError, InvalidRequest
 from handlers.prompts.chat_templates import read_chat_templates
-from handlers.prompts.generation_config import (
-    read_default_sampling,
-    read_eos_token_ids,
-    read_generation_config,
-)
-from handlers.prompts.renderer import PromptRenderer
+from handlers.prompts.generation_config import read_generation_config
 from handlers.request import EmbeddingsPart, ImagePart, LoadedEmbeddings
 
 if TYPE_CHECKING:
@@ -45,13 +43,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ROWS, _GRID = "image_embeds", "image_grid_thw"
-
 
 class VllmPrompts:
     """What prompts of one model need.
 
     Attributes:
+        text: What its files say.
         images: Whether the model accepts images.
         embeddings: What it accepts in place of images; None if nothing.
     """
@@ -61,9 +58,7 @@ class VllmPrompts:
     def __init__(self, settings: Settings, path: Path, tokenizer: Any, vllm: Vllm, engine: Any) -> None:
         """Read the model's files. Blocks. Raises ModelLoadError."""
         config = engine.model_config
-        self.tokenizer = tokenizer
         templates = read_chat_templates(settings.chat_template, path, tokenizer.chat_template)
-        logger.info("chat template: %s", templates.described())
         self.images = accepts_images(engine)
         token = text = self._written = None
         if self.images:
@@ -78,17 +73,17 @@ class VllmPrompts:
             )
             if mistral_weights_alone(path):
                 self._written = mistral_tokens(engine) or self._written
-        try:
-            written = None if text is None else PlaceholderText(text)
-            self.renderer = PromptRenderer(
-                tokenizer, templates, settings.chat_template_content_format, token, written=written
-            )
-        except ValueError as error:
-            raise ModelLoadError(f"prompts cannot be rendered: {error}") from error
-        generation = read_generation_config(str(path))
-        self.eos_token_ids = read_eos_token_ids(generation, config.hf_text_config, tokenizer)
-        self.default_sampling = read_default_sampling(generation_defaults(config, str(path)))
-        self.vocab_size = int(config.get_vocab_size())
+        self.text = ModelText(
+            settings,
+            path,
+            tokenizer,
+            templates,
+            config.hf_text_config,
+            int(config.get_vocab_size()),
+            defaults=generation_defaults(config, str(path)),
+            image_token=token,
+            written=None if text is None else PlaceholderText(text),
+        )
 
     def with_placeholders(self, token_ids: list[int], parts: Sequence[MediaPart]) -> list[int]:
         """Return a rendered prompt with the tokens that vLLM wants for these images."""
@@ -96,7 +91,7 @@ class VllmPrompts:
             return token_ids
         images = [part.loaded.image for part in parts if isinstance(part, ImagePart) and part.loaded]
         sizes = [(image.width, image.height) for image in images]
-        return replaced(token_ids, self.renderer.image_token_id, self._written, sizes)
+        return replaced(token_ids, self.text.renderer.image_token_id, self._written, sizes)
 
 
 def generation_defaults(config: Any, path: str) -> dict[str, Any]:
@@ -242,7 +237,7 @@ async def place_images(
     except (AssertionError, ValueError, TypeError, RuntimeError) as error:
         if engine.errored:
             # The renderer has been shut down, which is not the fault of the request.
-            raise Unavailable("the engine is being restarted; try again", retry_after=5) from error
+            raise no_engine() from error
         if not parts:
             raise refused(error) from error
         raise ImageError(0, "the model's processor cannot prepare these images") from error
@@ -271,7 +266,7 @@ async def _image_data(parts: Sequence[MediaPart], embeddings: EmbeddingsWanted |
     if embeddings is None:
         raise InvalidRequest(
             "image_embeds: this model's images cannot be sent as embeddings; send the images",
-            param="image_embeds",
+            param=EMBEDDINGS,
         )
     return await asyncio.to_thread(_embedding_data, embeddings.checked(embedded), embeddings.dtype)
 
@@ -281,7 +276,7 @@ def _embedding_data(loaded: Sequence[LoadedEmbeddings], dtype: str) -> Any:
 
     tensors = [torch.from_numpy(one.rows).to(getattr(torch, dtype)) for one in loaded]
     grids = [one.grid for one in loaded if one.grid is not None]
-    return {_ROWS: torch.cat(tensors), _GRID: torch.tensor(grids)} if grids else tensors
+    return {EMBEDDINGS: torch.cat(tensors), GRID: torch.tensor(grids)} if grids else tensors
 
 
 def _check_rows(prompt: Any, hidden_size: int) -> None:
@@ -291,7 +286,7 @@ def _check_rows(prompt: Any, hidden_size: int) -> None:
     """
     items = (prompt.get("mm_kwargs") or {}).get("image", ())
     for place, item in zip(placeholders(prompt), items, strict=True):
-        rows = None if item is None else item.get_data().get(_ROWS)
+        rows = None if item is None else item.get_data().get(EMBEDDINGS)
         if item is not None and (rows is None or rows.numel() != place.get_num_embeds() * hidden_size):
             raise ImageError(
                 0, "the model's processor gives these embeddings another number of tokens than they have rows"
@@ -302,8 +297,8 @@ def embeddings_wanted(engine: Any) -> EmbeddingsWanted | None:
     """Return what this model accepts in place of images; None if it wants more than is read here."""
     config = engine.model_config
     vision = getattr(config.hf_config, "vision_config", None)
-    also = embedding_fields(engine) - {_ROWS}
-    if also - {_GRID}:
+    also = embedding_fields(engine) - {EMBEDDINGS}
+    if also - {GRID}:
         logger.warning("embeddings of images are refused: this model wants %s with them", ", ".join(also))
         return None
     # Some encoders feed several layers of the language model; a row then holds what each of them gets.
@@ -313,7 +308,7 @@ def embeddings_wanted(engine: Any) -> EmbeddingsWanted | None:
         hidden_size=int(config.get_inputs_embeds_size()) * layers,
         most_tokens=min(longest, most_rows(engine) or longest),
         dtype=str(config.dtype).removeprefix("torch."),
-        merge=int(getattr(vision, "spatial_merge_size", None) or 1) if _GRID in also else None,
+        merge=int(getattr(vision, "spatial_merge_size", None) or 1) if GRID in also else None,
     )
 
 

@@ -23,14 +23,13 @@ from engine.sampling_params import MAX_SEED, SamplingParams
 from engine.sampling_state import Repetition, Warping
 from handlers.backends.vllm.outputs import refused
 from handlers.errors import InvalidParameter
-from handlers.prompts.tokenizer import vocabulary_of
 from handlers.request import Constraint, RequestSampling
 from properties.model import read_object
 
 if TYPE_CHECKING:
     from engine.config import Vocabulary
+    from handlers.backends.model_text import ModelText
     from handlers.backends.vllm.compat import RunnerLimits, Vllm
-    from handlers.backends.vllm.prompts import VllmPrompts
 
 logger = logging.getLogger(__name__)
 
@@ -253,7 +252,7 @@ def check_runner_limits(
         )
 
 
-def constraint_vocabulary(config: Any, prompts: VllmPrompts) -> Vocabulary | None:
+def constraint_vocabulary(config: Any, text: ModelText) -> Vocabulary | None:
     """Return what our own compiler needs, which compiles every constraint before vLLM sees it. Slow.
 
     vLLM compiles constraints on the front end's event loop, where a hostile one would hold up every request and the
@@ -261,7 +260,7 @@ def constraint_vocabulary(config: Any, prompts: VllmPrompts) -> Vocabulary | Non
     StructuredOutputsConfig; that library gets what the client wrote.
     """
     if config.backend == LIBRARY:
-        return vocabulary_of(prompts.tokenizer, prompts.vocab_size, tuple(prompts.eos_token_ids))
+        return text.vocabulary()
     logger.warning(
         "structured answers: vLLM's library %s looks at clients' schemas and grammars on the event loop, so a "
         "hostile one can hold up the server; option.structured_outputs_config without a backend, or with "

@@ -41,7 +41,7 @@ _MEDIA = {
     "audio": "it takes text and images only",
     "video": "it takes text and images only",
 }
-"""Parts of the names of keys that bring more than text -> what to send instead."""
+"""Parts of the names of keys and types that bring more than text -> what to send instead."""
 
 _NAMES = KnownNames(
     {
@@ -295,8 +295,9 @@ def _part(part: Any, path: str) -> Part:
         return _embeddings(part.get(_ROWS), f"{path}.{_ROWS}")
     if isinstance(part.get(kind), Image):  # As a script may, but no body can.
         return ImagePart("", given=part[kind])
+    instead = next((f"; {instead}" for name, instead in _MEDIA.items() if name in kind.lower()), "")
     raise InvalidRequest(
-        f"{path}.type is {kind[:40]!r}; this server reads parts of type text, image_url and image_embeds",
+        f"{path}.type is {kind[:40]!r}; this server reads parts of type text, image_url and image_embeds{instead}",
         param=f"{path}.type",
     )
 

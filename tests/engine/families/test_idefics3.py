@@ -18,8 +18,8 @@ from transformers.utils import is_torchvision_available
 
 from engine.config import EngineConfig
 from engine.errors import ModelLoadError
-from engine.families.base import Preprocessor
 from engine.families.idefics3 import Idefics3Preprocessor
+from engine.families.preprocessor import Preprocessor
 from engine.families.tiles import TILES_AT_ONCE, encode_tiles
 from engine.loader import load_preprocessor
 from engine.sampling_params import SamplingParams

@@ -17,8 +17,8 @@ from transformers.utils import is_torchvision_available
 
 from engine.config import EngineConfig
 from engine.errors import ModelLoadError
-from engine.families.base import Preprocessor
 from engine.families.internvl import InternVLPreprocessor
+from engine.families.preprocessor import Preprocessor
 from engine.loader import load_preprocessor
 from engine.sampling_params import SamplingParams
 from handlers.request import Constraint

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from engine.errors import ModelLoadError
-from engine.families.base import Preprocessor
 from engine.families.llava_onevision import SEVERAL
+from engine.families.preprocessor import Preprocessor
 from engine.loader import read_config
 from tests.support.engine_driver import Oracle, Prompt
 from tests.support.exactness import check_random_load, prompts_with

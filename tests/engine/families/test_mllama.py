@@ -20,7 +20,7 @@ from engine.sampling_params import SamplingParams
 from handlers import LLM, StructuredOutputsParams
 from handlers import SamplingParams as OfflineParams
 from handlers.backends.embeddings import EmbeddingsWanted
-from handlers.backends.rolling.engine import ImagePreparer
+from handlers.backends.rolling.image_preparer import ImagePreparer
 from handlers.errors import ImageError
 from handlers.request import EmbeddingsPart, LoadedEmbeddings
 from tests.support.engine_driver import Oracle, Prompt, Result, collect, load_engine, run_all

@@ -27,8 +27,8 @@ from transformers import (
 )
 
 from engine.errors import ModelLoadError
-from engine.families.base import PlaceholderText
 from engine.families.phi3_v import Phi3VPreprocessor, classes
+from engine.families.preprocessor import PlaceholderText
 from engine.loader import load_preprocessor, read_config
 from engine.messages import EMBEDDINGS, TensorData
 from engine.sampling_params import SamplingParams

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from engine.errors import ModelLoadError, RequestRejected
-from engine.families.base import Preprocessor
+from engine.families.preprocessor import Preprocessor
 from engine.loader import load_preprocessor
 from handlers.backends.embeddings import EmbeddingsWanted
-from handlers.backends.rolling.engine import ImagePreparer
+from handlers.backends.rolling.image_preparer import ImagePreparer
 from handlers.errors import ImageError
 from handlers.request import (
     ChatPrompt,

@@ -21,11 +21,11 @@ from transformers import AutoImageProcessor, AutoProcessor, PreTrainedTokenizerF
 from engine.config import EngineConfig
 from engine.errors import ModelLoadError, RequestRejected
 from engine.families import qwen2_vl
-from engine.families.base import GRID, PreparedImage
+from engine.families.preprocessor import GRID, PreparedImage
 from engine.families.qwen2_vl import Qwen2VLPreprocessor
 from engine.loader import load_preprocessor
 from engine.messages import ImageInput, TensorData
-from handlers.backends.vision_flags import contradictions
+from handlers.backends.image_options import contradictions
 from handlers.errors import ImageError
 from handlers.request import (
     ChatPrompt,

@@ -165,5 +165,5 @@ def test_the_models_default_never_refuses_a_prompt_or_takes_its_room() -> None:
 def test_a_served_model_has_its_defaults(tmp_path: Path) -> None:
     path = make_text_model(tmp_path)
     (path / "generation_config.json").write_text(json.dumps({"max_new_tokens": 9, "eos_token_id": 257}))
-    front = ModelFront.load(Settings(), str(path))
-    assert (front.default_sampling, front.eos_token_ids) == ({"max_tokens": 9}, (257,))
+    text = ModelFront.load(Settings(), str(path)).text
+    assert (text.default_sampling, text.eos_token_ids) == ({"max_tokens": 9}, (257,))

@@ -12,10 +12,9 @@ import pytest
 from PIL import Image
 from tokenizers import Tokenizer, processors
 
-import handlers.backends.rolling.model_facts as facts_module
 from engine.errors import ModelLoadError
+from handlers.backends.rolling.engine_client import EngineProcess
 from handlers.backends.rolling.model_facts import TOKENIZER, ModelQuestion, ask_engine, model_facts
-from handlers.backends.rolling.replicas import EngineProcess
 from handlers.prompts.tokenizer import load_tokenizer
 from tests.support.model_front import _LOAD, HEAVY, ROOT, learned
 from tests.support.models import make_llava
@@ -135,17 +134,14 @@ def test_a_start_imports_torch_in_one_process_alone() -> None:
     assert json.loads(done.stdout.splitlines()[-1]) == [False, True, ["engine.process"], bool(HEAVY)]
 
 
-def test_an_engine_that_ends_or_is_late_when_asked_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_that_ends_or_is_late_when_asked_is_an_error(tmp_path: Path) -> None:
     question = ModelQuestion(str(SHAPES), None, "auto", False)
-    monkeypatch.setattr(facts_module, "_AUTO_CLASSES", "never imported")
 
     async def asked(seconds: float | None, *, kill: bool) -> None:
         engine = await EngineProcess.spawn()
         try:
             if kill:
-                engine._child.kill()
+                engine.kill()
             await ask_engine(engine, question, tmp_path, seconds)
         finally:
             await engine.stop()

@@ -82,7 +82,7 @@ def start(configuration: Configuration, model: Path) -> None:
     build_backend(configuration, model)
     front = ModelFront.load(configuration.settings, str(model))
     engine, *_ = plan_engines(configuration.settings, str(model), 0)
-    assert front.tokenizer is not None
+    assert front.text.tokenizer is not None
     load_runner(engine)
 
 

@@ -14,9 +14,9 @@ from engine.config import EngineConfig
 from engine.machine import Device, Machine
 from engine.memory import cache_blocks, encoder_budget
 from handlers.backends.fit import fit
+from handlers.backends.image_options import unused_by_text
 from handlers.backends.rolling.plan import plan_engines, unused_devices
 from handlers.backends.select import backend_of
-from handlers.backends.unused import unused_by_text
 from handlers.backends.vllm.devices import plan_devices
 from handlers.errors import InvalidConfiguration
 from properties.configuration import Configuration, resolve
@@ -167,6 +167,17 @@ def test_options_that_the_machine_leaves_without_effect(
 )
 def test_options_about_devices_that_are_obeyed(accelerators: int, settings: dict[str, Any]) -> None:
     assert unused(accelerators, **settings) == []
+
+
+def test_devices_that_are_not_there_are_told_by_both_backends() -> None:
+    settings = Settings(load_on_devices=[1, 4, 5])
+    wrong = [f"load_on_devices names {number}, but the devices are 0 to 3" for number in (4, 5)]
+    with pytest.raises(InvalidConfiguration) as refused:
+        plan_engines(settings, "", 4)
+    assert refused.value.message == "; ".join(wrong)
+    theirs = plan_devices(settings, {}, 4)
+    assert [str(problem) for problem in theirs.problems] == wrong
+    assert {problem.option for problem in theirs.problems} == {"load_on_devices"}
 
 
 @pytest.fixture

@@ -67,7 +67,7 @@ def test_formats_that_nobody_needs_are_refused(kind: str) -> None:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "not in a supported format"),
+        (b"", "its file is empty"),
         (b"hello", "not in a supported format"),
         (b"\xff\xd8\xff", "its JPEG header is truncated or damaged"),
         (b"  <!DOCTYPE html><html>", "web page"),

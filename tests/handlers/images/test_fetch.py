@@ -346,7 +346,7 @@ BIG = 50_000
         (replying(OK + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n"), ImageFetchFailed, "proper HTTP"),
         (replying(OK + b"Content-Length: 5000\r\n\r\n" + IMAGE), ImageFetchFailed, "broke off"),
         (replying(OK + b"Content-Length: 20\r\n\r\n" + IMAGE), ImageError, "truncated or damaged"),
-        (replying(OK + b"Content-Length: 0\r\n\r\n"), ImageError, "not in a supported format"),
+        (replying(OK + b"Content-Length: 0\r\n\r\n"), ImageError, "its file is empty"),
         (replying(OK + b"Content-Encoding: gzip\r\n\r\nnot gzip"), ImageFetchFailed, "Content-Encoding"),
         (replying(OK + b"Content-Encoding: br\r\n\r\n\x1b\x03"), ImageFetchFailed, "Content-Encoding br"),
         (

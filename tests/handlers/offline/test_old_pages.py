@@ -286,6 +286,18 @@ def test_what_is_no_image_says_why(given: Any, error: type[Exception], said: str
         images().read(given)
 
 
+def test_the_same_embeddings_in_another_arrangement_are_another_image() -> None:
+    digests = {
+        part.given.digest
+        for grid in ([1, 2, 8], [1, 8, 2], None)
+        for part in images().read(
+            {"image": {"image_embeds": np.ones((4, 8)), "image_grid_thw": grid and np.array(grid)}}
+        )
+        if isinstance(part, EmbeddingsPart) and part.given is not None
+    }
+    assert len(digests) == 3
+
+
 def test_what_tensors_become() -> None:
     reader = images()
     (part,) = reader.read(

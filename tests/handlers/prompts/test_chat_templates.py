@@ -194,7 +194,7 @@ def test_a_served_model_has_all_its_templates(tmp_path: Path) -> None:
     write(
         path, {"tokenizer_config.json": [{"name": n, "template": n} for n in ("default", "tool_use", "rag")]}
     )
-    templates = ModelFront.load(Settings(), str(path)).renderer.templates
+    templates = ModelFront.load(Settings(), str(path)).text.renderer.templates
     assert (templates.chosen(None, False), templates.chosen(None, True)) == ("default", "tool_use")
     assert templates.named.keys() == {"default", "tool_use", "rag"}
     with pytest.raises(ModelLoadError, match="the model has default, rag, tool_use"):

@@ -18,7 +18,7 @@ from tokenizers import (
 )
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
-from engine.families.base import PlaceholderText
+from engine.families.preprocessor import PlaceholderText
 from handlers.errors import InvalidRequest
 from handlers.prompts.chat_templates import TemplateSource
 from handlers.prompts.renderer import PromptRenderer

@@ -74,6 +74,8 @@ MISSPELT: list[tuple[str, dict[str, Any], str, str]] = [
             ("max_tokens_to_sample", "max_tokens_to_sample", "max_tokens"),
             ("stopSequences", "stopSequences", "stop"),
             ("stop_sequence", "stop_sequence", "stop"),
+            ("mirostat", "mirostat", "mirostat_mode"),
+            ("rep_pen", "rep_pen", "repetition_penalty"),
         ]
     ),
     (

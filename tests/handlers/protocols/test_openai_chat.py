@@ -465,6 +465,13 @@ def test_a_bad_value_is_named_with_its_path(body: dict[str, Any], path: str) -> 
     assert len(error.message) < 300
 
 
+@pytest.mark.parametrize(
+    "part", [{"type": "image", "image": CAT}, {"type": "image", "source": {"data": "AA"}}]
+)
+def test_an_image_in_the_shape_of_another_api_is_told_the_one_that_is_read(part: dict[str, Any]) -> None:
+    assert '{"type": "image_url", "image_url": {"url": "..."}}' in refused(user(part)).message
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),

@@ -6,6 +6,7 @@ import asyncio
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,11 +14,13 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer, grammar_from
 
 from handlers.backends.base import Capabilities, PromptModel
+from handlers.backends.model_text import ModelText
 from handlers.backends.vllm.sampling import choose_library, constraint_for_vllm, constraint_vocabulary
 from handlers.errors import InvalidRequest
 from handlers.pipeline import Pipeline
-from handlers.prompts.renderer import PromptRenderer
+from handlers.prompts.chat_templates import ChatTemplates
 from handlers.request import Constraint
+from properties.settings import Settings
 from tests.support.models import VOCAB, make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -30,11 +33,12 @@ def checked(constraint: Constraint, library: str = "guidance", *, compact: bool 
         pass
 
     async def run() -> Constraint | None:
-        front: Any = SimpleNamespace(tokenizer=TOKENIZER, vocab_size=VOCAB, eos_token_ids=(257,))
-        vocabulary = constraint_vocabulary(SimpleNamespace(backend=library), front)
+        ends = SimpleNamespace(eos_token_id=257)
+        text = ModelText(Settings(), Path("nowhere"), TOKENIZER, ChatTemplates(), ends, VOCAB)
+        vocabulary = constraint_vocabulary(SimpleNamespace(backend=library), text)
         model = PromptModel(
             TOKENIZER,
-            PromptRenderer(TOKENIZER, None),
+            text.renderer,
             VOCAB,
             ThreadPoolExecutor(1),
             vocabulary,

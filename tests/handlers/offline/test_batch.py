@@ -10,7 +10,7 @@ import pytest
 from handlers.backends.base import Health
 from handlers.deltas import Delta
 from handlers.errors import EngineFailed, InvalidRequest, ServingError, Unavailable
-from handlers.offline.core import Batch, Outcome
+from handlers.offline.batch import Batch, Outcome
 from handlers.protocols.base import Answered
 from handlers.request import GenerationRequest, RequestSampling, TextPart, TextPrompt
 from tests.support.scripted import ScriptedBackend, ScriptedGeneration, ScriptedImages, Step, said
@@ -55,7 +55,7 @@ def outcomes(
         assert number not in found
         found[number] = outcome
 
-    batch = Batch(backend, ScriptedImages(), window, restart_seconds)  # type: ignore[arg-type]
+    batch = Batch(backend, ScriptedImages(), window, restart_seconds, poll_seconds=0.001)  # type: ignore[arg-type]
     asyncio.run(asyncio.wait_for(batch.run(requests(count), done), 30))
     assert backend.running == 0, "every generation is closed"
     return [found[number] for number in range(count)]
@@ -64,11 +64,6 @@ def outcomes(
 def text(outcome: Outcome) -> str:
     assert isinstance(outcome, Answered), outcome
     return outcome.answers[0].text
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("handlers.offline.core.POLL_SECONDS", 0.001)
 
 
 def test_no_more_than_the_window_are_under_way() -> None:

@@ -1,4 +1,4 @@
-"""Options that have no effect on this machine or for this model."""
+"""Which devices the options choose, and which options about devices have no effect on this machine."""
 
 from __future__ import annotations
 
@@ -11,25 +11,22 @@ if TYPE_CHECKING:
     from properties.settings import Settings
 
 
-ABOUT_IMAGES = (
-    "limit_mm_per_prompt",
-    "enable_mm_embeds",
-    "image_placeholder_token",
-    "image_processor_backend",
-    "encoder_cache_mb",
-    "mm_processor_kwargs",
-)
+def chosen_devices(settings: Settings, accelerators: int) -> tuple[list[int], list[Problem]]:
+    """Return the numbers of the accelerators to use, and a problem for each number that is not there.
 
-
-def unused_by_text(settings: Settings) -> list[Problem]:
-    """Return a warning for each option about images that was set for a model without images."""
-    written = {name: getattr(settings, name) for name in ABOUT_IMAGES if name in settings.model_fields_set}
-    return [
-        Problem(f"{key_of(name)} has no effect: the model takes no images", name)
-        for name, value in written.items()
-        if value != type(settings).model_fields[name].default
-        and value != {"image": 0, "video": 0, "audio": 0}
+    accelerators: how many there are; without any, option.load_on_devices has no effect.
+    """
+    wanted = settings.load_on_devices
+    if wanted == "*" or accelerators == 0:
+        return list(range(accelerators)), []
+    problems = [
+        Problem(
+            f"load_on_devices names {number}, but the devices are 0 to {accelerators - 1}", "load_on_devices"
+        )
+        for number in wanted
+        if number >= accelerators
     ]
+    return [number for number in wanted if number < accelerators], problems
 
 
 def unused_on(
