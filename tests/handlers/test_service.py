@@ -549,13 +549,15 @@ async def test_images_are_let_go_with_their_answer() -> None:
 async def test_images_have_the_time_that_the_request_has() -> None:
     deadlines: list[float | None] = []
 
-    class ParserContext(ScriptedImages):
+    class ImagesNotingDeadlines(ScriptedImages):
         async def load(self, parts: Any, deadline: float | None = None, first_index: int = 0) -> None:
             deadlines.append(deadline)
 
     asked = chat([{"type": "image_url", "image_url": "https://images.example/0.png"}])
     before = time.monotonic()
-    await service(ScriptedBackend(said("a")), ParserContext(), predict_timeout=5.0).answer(incoming(asked))
+    await service(ScriptedBackend(said("a")), ImagesNotingDeadlines(), predict_timeout=5.0).answer(
+        incoming(asked)
+    )
     assert deadlines[0] is not None
     assert before + 5.0 <= deadlines[0] <= time.monotonic() + 5.0
 
