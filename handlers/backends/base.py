@@ -123,11 +123,6 @@ def engine_died() -> EngineFailed:
     return EngineFailed("the engine process died while it worked on this request; try again")
 
 
-def engine_stopped() -> Unavailable:
-    """Return the error of a request whose engine was stopped with the server."""
-    return Unavailable("the server is stopping", retry_after=5)
-
-
 class Lifecycle(Protocol):
     """Whatever answers requests, from load to close. `load` is called once, and everything runs on the event loop."""
 

@@ -24,7 +24,6 @@ from handlers.backends.base import (
     TokenOutput,
     compute_type,
     engine_died,
-    engine_stopped,
     no_engine,
 )
 from handlers.backends.embeddings import EmbeddingsWanted
@@ -35,7 +34,7 @@ from handlers.backends.rolling.model_facts import ModelFacts, ModelQuestion, ask
 from handlers.backends.rolling.model_front import ModelFront
 from handlers.backends.rolling.plan import plan_engines, replicas_named, unused_devices
 from handlers.backends.rolling.replicas import SPARE_AFTER_SECONDS, EngineGroup
-from handlers.errors import EngineFailed, InvalidRequest, Unavailable
+from handlers.errors import EngineFailed, InvalidRequest, Unavailable, stopping
 from handlers.request import MediaPart
 
 if TYPE_CHECKING:
@@ -252,7 +251,7 @@ class RollingStream:
                     if output.request_id in self._open:
                         yield self._read(output)
         except EngineStopped as error:
-            raise engine_stopped() from error
+            raise stopping(error) from error
         except EngineDead as error:
             raise engine_died() from error
 

@@ -23,7 +23,6 @@ from handlers.backends.base import (
     Health,
     PromptModel,
     compute_type,
-    engine_stopped,
     no_engine,
 )
 from handlers.backends.vllm import compat
@@ -48,7 +47,7 @@ from handlers.backends.vllm.sampling import (
 )
 from handlers.backends.vllm.supervisor import EngineSupervisor
 from handlers.backends.weights_read import weights_told
-from handlers.errors import InvalidConfiguration, InvalidRequest, ServingError, Unavailable
+from handlers.errors import InvalidConfiguration, InvalidRequest, ServingError, Unavailable, stopping
 from handlers.prompts.tokenizer import load_tokenizer
 from properties.configuration import Configuration
 from properties.problem import ConfigurationError
@@ -322,7 +321,7 @@ class VllmEngine:
 
         def failure(error: Exception, begun: bool) -> ServingError:
             if isinstance(error, serving.vllm.EngineDeadError) and self._closed:
-                return engine_stopped()
+                return stopping()
             return failed(serving.vllm, engine, error, param, begun=begun)
 
         def ended(stream: VllmStream) -> None:
@@ -384,7 +383,7 @@ class VllmEngine:
     def _engine(self) -> Any:
         """Return the engine that serves now. Raises Unavailable."""
         if self._closed:
-            raise engine_stopped()
+            raise stopping()
         supervisor = self._loaded.supervisor
         if supervisor.engine is None or supervisor.engine.errored:
             raise no_engine(given_up=supervisor.given_up)
