@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 _MAX_IMAGES = 999
 """Images in a prompt, unless `limit_mm_per_prompt` is given: a script is its own client. vLLM's value."""
 
+_NO_EFFECT = "LLM's %s has no effect here: %s"
+
 _OF_PIXELS = ("image_input_type", "image_input_shape")
 
 WITHOUT_EFFECT = by_name(
@@ -42,6 +44,9 @@ WITHOUT_EFFECT = by_name(
 )
 """Arguments of vLLM's constructor that change no answer, and why the embedded engine does not need them, besides those
 that `properties.lmi` ignores."""
+
+_OF_FILES = {"allowed_local_media_path": "open a file with Pillow and give the image"}
+"""Arguments that no backend needs, where the advice to a server's clients (`properties.lmi`) is not one to scripts."""
 
 REFUSED = by_name(
     {
@@ -72,7 +77,9 @@ def configure(model: str, given: Mapping[str, Any]) -> Configuration:
             or (name == "hf_token" and value is True)
         ):
             continue
-        if name == "kv_cache_memory_bytes":
+        if name in _OF_FILES:
+            logger.warning(_NO_EFFECT, name, _OF_FILES[name])
+        elif name == "kv_cache_memory_bytes":
             options.append(f"kv_cache_memory_mb={int(value) >> 20}")
         else:
             options.append(f"{name}={_text(name, value)}")
@@ -107,7 +114,7 @@ def warn_of_names(configuration: Configuration) -> None:
     """Log a warning for each argument that has no effect with the embedded engine."""
     for name in _unknown(configuration):
         if name in WITHOUT_EFFECT:
-            logger.warning("LLM's %s has no effect here: %s", name, WITHOUT_EFFECT[name])
+            logger.warning(_NO_EFFECT, name, WITHOUT_EFFECT[name])
 
 
 def _unknown(configuration: Configuration) -> list[str]:

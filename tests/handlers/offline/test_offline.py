@@ -442,6 +442,7 @@ def test_vllms_arguments_are_taken_and_what_has_no_effect_is_said(
         enforce_eager=True,
         cpu_offload_gb=1,
         swap_space=4,
+        allowed_local_media_path="/data",
         tokenizer=None,
         limit_mm_per_prompt={"image": 1},
         media_io_kwargs={"image": {"rgba_background_color": [255, 0, 0]}},
@@ -449,6 +450,10 @@ def test_vllms_arguments_are_taken_and_what_has_no_effect_is_said(
     assert "cpu_offload_gb" in caplog.text
     assert "enforce_eager" not in caplog.text
     assert "swap_space has no effect here" in caplog.text
+    told = [line for line in caplog.messages if "allowed_local_media_path" in line]
+    assert told == [
+        "LLM's allowed_local_media_path has no effect here: open a file with Pillow and give the image"
+    ]
     assert "gpu_memory_utilization" not in caplog.text
     clear = Image.new("RGBA", (200, 200))
     ImageDraw.Draw(clear).ellipse((60, 60, 140, 140), fill="blue")
