@@ -151,12 +151,25 @@ def _network(name: str) -> object:
     return ipaddress.ip_network(name) if "/" in name else canonical_host(name)
 
 
-_ORIGIN = re.compile(r"\*|null|[A-Za-z][A-Za-z0-9+.-]*://[^\s/?#]+")
+_ORIGIN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(\[[^]\s]*\]|[^]\s/?#@:[]+)(?::(\d{1,5}))?")
+_DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 def _origin(name: str) -> None:
-    if not _ORIGIN.fullmatch(name):
+    """Refuse what no browser sends, since an Origin header is compared character by character."""
+    if name in ("*", "null"):
+        return
+    found = _ORIGIN.fullmatch(name)
+    if found is None or (found[3] is not None and int(found[3]) > 65535):
         raise ValueError(f"{name!r} is not an origin as browsers send it")
+    if "*" in found[2]:
+        raise ValueError(f"{name!r} has a wildcard: write each origin, or * alone for any")
+    scheme, host = found[1].lower(), canonical_host(found[2])
+    sent = f"{scheme}://[{host}]" if ":" in host else f"{scheme}://{host}"
+    if found[3] is not None and int(found[3]) != _DEFAULT_PORTS.get(scheme):
+        sent += f":{int(found[3])}"
+    if name != sent:
+        raise ValueError(f"browsers do not send {name!r}: write {sent}")
 
 
 def _devices(value: object) -> object:

@@ -92,10 +92,34 @@ def test_lists_and_objects() -> None:
     assert value("served_model_name", '["a", "b,c"]') == ["a", "b,c"]
     assert value("image_fetch_allow_private", "10.0.0.0/8,box,[::1]") == ["10.0.0.0/8", "box", "[::1]"]
     assert value("cors_allowed_origin", "https://a.org:8443,null") == ["https://a.org:8443", "null"]
+    origins = [
+        "http://a.org:443",
+        "http://[::1]:8080",
+        "https://xn--bcher-kva.example",
+        "chrome-extension://ab",
+    ]
+    assert value("cors_allowed_origin", ",".join(origins)) == origins
     assert value("load_on_devices", "0;2") == [0, 2]
     assert value("load_on_devices", "*") == "*"
     assert value("load_on_devices", "gpu0;GPU1") == [0, 1]
     assert value("mm_processor_kwargs", '{"max_pixels": 5}') == {"max_pixels": 5}
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("https://*.app.example", "has a wildcard: write each origin, or * alone for any"),
+        ("https://App.Example", "write https://app.example;"),
+        ("HTTPS://app.example", "write https://app.example;"),
+        ("https://app.example:443", "write https://app.example;"),
+        ("http://[0::1]:80", "write http://[::1];"),
+        ("https://bücher.example:08443", "write https://xn--bcher-kva.example:8443;"),
+    ],
+)
+def test_an_origin_that_no_browser_sends_says_what_to_write(text: str, told: str) -> None:
+    with pytest.raises(ConfigurationError) as raised:
+        value("cors_allowed_origin", text)
+    assert told in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +142,9 @@ def test_lists_and_objects() -> None:
         ("allowed_media_domains", "a.org:8080"),
         ("cors_allowed_origin", "app.example"),
         ("cors_allowed_origin", "https://app.example/"),
+        ("cors_allowed_origin", "https://app.example:70000"),
+        ("cors_allowed_origin", "https://user@app.example"),
+        ("cors_allowed_origin", "https://[::g]"),
         ("mm_processor_kwargs", "[1]"),
         ("output_formatter", "xml"),
         ("output_formatter", "3p"),
