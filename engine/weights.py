@@ -163,7 +163,7 @@ def mistral_state_dict(files: Sequence[Path], config: PretrainedConfig) -> dict[
     """Build a `state_dict` for transformers' `from_pretrained`; each tensor is read when it is accessed.
 
     Raises:
-        ModelLoadError: Names a tensor that does not belong to such a model, or one that is missing.
+        ModelLoadError: Names a tensor that does not belong to such a model.
     """
     from safetensors import safe_open
 
@@ -186,28 +186,7 @@ def mistral_state_dict(files: Sequence[Path], config: PretrainedConfig) -> dict[
             elif vision is not None and re.search(r"attention\.[qk]_proj\.weight$", target):
                 stored = _Reordered(stored, vision.num_attention_heads)
             found[target] = stored
-    if missing := sorted(_expected(config) - found.keys()):
-        raise ModelLoadError(
-            f"{files[0].name} lacks {missing[0]} (transformers' name): fetch the model again"
-        )
     return found
-
-
-def _expected(config: PretrainedConfig) -> set[str]:
-    """The names of tensors that transformers would initialise at random if they were missing."""
-    text, vision = config.get_text_config(), getattr(config, "vision_config", None)
-    decoder = "" if vision is None else "language_model."
-    names = {decoder + name for name in _ENDS.values()}
-    if config.tie_word_embeddings or getattr(text, "tie_word_embeddings", False):
-        names.discard(f"{decoder}lm_head.weight")
-    for layer in range(text.num_hidden_layers):
-        names |= {f"{decoder}model.layers.{layer}.{part}.weight" for part in _DECODER.values()}
-    if vision is not None:
-        names |= {"vision_tower.patch_conv.weight", "vision_tower.ln_pre.weight"}
-        names |= {f"multi_modal_projector.linear_{number}.weight" for number in (1, 2)}
-        for layer in range(vision.num_hidden_layers):
-            names |= {f"vision_tower.transformer.layers.{layer}.{part}.weight" for part in _TOWER.values()}
-    return names
 
 
 def _renamed(name: str, *, in_llava: bool) -> str | None:

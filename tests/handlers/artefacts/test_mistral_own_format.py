@@ -255,7 +255,7 @@ def test_a_damaged_tokenizer_is_told(tmp_path: Path, changed: dict[str, Any], me
         (
             "layers.1.attention.wq.weight",
             None,
-            r"lacks language_model\.model\.layers\.1\.self_attn\.q_proj\.weight",
+            r"files lack .*language_model\.layers\.1\.self_attn\.q_proj\.weight",
         ),
     ],
 )
