@@ -41,13 +41,28 @@ class Counters:
     cache_usage: dict[int, float] = field(default_factory=dict)
     signs: dict[int, float] = field(default_factory=dict)
 
+    def add(self, scheduler: Any, iteration: Any, mm_cache: Any, replica: int) -> None:
+        """Add vLLM's statistics of one step, each of which may be None."""
+        if scheduler is not None:
+            self.cache_usage[replica] = scheduler.kv_cache_usage
+            self.prefix_queries += scheduler.prefix_cache_stats.queries
+            self.prefix_hits += scheduler.prefix_cache_stats.hits
+        if iteration is not None:
+            self.preemptions += iteration.num_preempted_reqs
+        if mm_cache is not None:
+            self.mm_queries += mm_cache.queries
+            self.mm_hits += mm_cache.hits
+
 
 def stat_logger(vllm: Vllm, counters: Counters) -> Any:
-    """Return a factory for `AsyncLLM`'s `stat_loggers` that updates the counters."""
+    """Return a factory for `AsyncLLM`'s `stat_loggers` that updates the counters.
+
+    vLLM does not promise that this interface is stable, and an exception here would end all of its requests.
+    """
 
     class Recorder(vllm.StatLoggerBase):  # type: ignore[misc, name-defined]
         def __init__(self, *_: Any) -> None:
-            pass
+            self._failed = False
 
         def record(
             self,
@@ -55,17 +70,15 @@ def stat_logger(vllm: Vllm, counters: Counters) -> Any:
             iteration_stats: Any = None,
             mm_cache_stats: Any = None,
             engine_idx: int = 0,
+            **_: Any,
         ) -> None:
             counters.signs[engine_idx] = time.monotonic()
-            if scheduler_stats is not None:
-                counters.cache_usage[engine_idx] = scheduler_stats.kv_cache_usage
-                counters.prefix_queries += scheduler_stats.prefix_cache_stats.queries
-                counters.prefix_hits += scheduler_stats.prefix_cache_stats.hits
-            if iteration_stats is not None:
-                counters.preemptions += iteration_stats.num_preempted_reqs
-            if mm_cache_stats is not None:
-                counters.mm_queries += mm_cache_stats.queries
-                counters.mm_hits += mm_cache_stats.hits
+            try:
+                counters.add(scheduler_stats, iteration_stats, mm_cache_stats, engine_idx)
+            except Exception as error:
+                if not self._failed:
+                    logger.warning("some of vLLM's counts are missing from /metrics: %s", error)
+                self._failed = True
 
         def log_engine_initialized(self) -> None:
             pass

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from handlers.backends.vllm.probes import ask, warm
+from handlers.backends.vllm.probes import Counters, ask, stat_logger, warm
 
 
 class ClientError(Exception):
@@ -113,3 +113,27 @@ def test_a_refused_warm_up_is_logged_and_the_engine_asked_all_the_same(
 def test_an_engine_that_fails_on_its_warm_up_does_not_serve() -> None:
     with pytest.raises(EngineGenerateError):
         asyncio.run(warm(VLLM, Engine(fails=True), 0))
+
+
+def test_statistics_that_are_not_understood_are_logged_once_and_the_next_count(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """vLLM's output handler calls `record`: an exception there would end all requests."""
+    counters = Counters()
+    vllm: Any = SimpleNamespace(StatLoggerBase=object)
+    recorder = stat_logger(vllm, counters)(None, 0)
+    prefix = SimpleNamespace(queries=10, hits=4)
+    whole = SimpleNamespace(kv_cache_usage=0.5, prefix_cache_stats=prefix)
+    with caplog.at_level(logging.WARNING):
+        for scheduler in (SimpleNamespace(kv_cache_usage=0.25), SimpleNamespace(), whole):
+            recorder.record(
+                scheduler_stats=scheduler,
+                iteration_stats=SimpleNamespace(num_preempted_reqs=1),
+                mm_cache_stats=None,
+                engine_idx=1,
+                of_a_later_version=True,
+            )
+    (line,) = caplog.messages
+    assert "prefix_cache_stats" in line
+    assert (counters.prefix_queries, counters.prefix_hits) == (10, 4)
+    assert (counters.preemptions, counters.cache_usage, list(counters.signs)) == (1, {1: 0.5}, [1])
