@@ -18,7 +18,6 @@ from container.config import configured
 from container.logs import LogFormat, LogLevel, logging_to
 from container.models.messages import Answer, Failure, Ready, Start
 from container.server import LoadFailed, Server
-from engine.errors import ModelLoadError
 from handlers.errors import InvalidConfiguration, ServingError
 from processes.inside import Parent
 from processes.shortage import shortage
@@ -28,8 +27,14 @@ from properties.problem import ConfigurationError
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 2048
-_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-"""In messages of torch, CUDA and vLLM, whose exceptions have no class of their own for this."""
+_NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "memoryerror",
+)
+"""In messages of torch, CUDA and vLLM, whose exceptions have no class of their own for this, and of other processes."""
 
 
 def main() -> None:
@@ -102,10 +107,8 @@ def _failure(error: BaseException) -> Failure:
         return Failure("there was not enough memory to load the model", 507)
     if isinstance(error, InvalidConfiguration):
         return Failure(error.message, 400)
-    if isinstance(error.__cause__, ModelLoadError):
-        return Failure(str(error), 400)
     if isinstance(error, LoadFailed | ServingError):
-        return Failure(f"the model could not be loaded: {error}", 500)
+        return Failure(str(error), 500)
     return Failure("the model could not be loaded; the log says why", 500)
 
 

@@ -64,6 +64,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tensors = load_file(root / "hollow" / "model.safetensors")
     del tensors["language_model.lm_head.weight"]
     save_file(tensors, root / "hollow" / "model.safetensors", {"format": "pt"})
+    (root / "starved").mkdir()
+    code = "raise OSError(12, 'Cannot allocate memory')\ndef handle(inputs): return None\n"
+    (root / "starved" / "model.py").write_text(code)
     (root / "wrong").mkdir()
     shutil.copytree(root / "hash1" / "model", root / "wrong", dirs_exist_ok=True)
     (root / "wrong" / "serving.properties").write_text("option.max_model_len=many\n")
@@ -216,7 +219,8 @@ def test_a_model_that_does_not_fit_is_507_with_the_figures(server: LiveServer, m
         ("x", "empty", 400, "no model"),
         ("x", "wrong", 400, "max_model_len"),
         ("x", "torn", 400, "model.safetensors"),
-        ("x", "hollow", 400, "the model cannot be loaded: the model's files lack lm_head.weight"),
+        ("x", "hollow", 500, "\"the model cannot be loaded: the model's files lack lm_head.weight"),
+        ("x", "starved", 507, "there was not enough memory"),
     ],
 )
 def test_what_cannot_be_loaded_is_refused_and_leaves_nothing(
