@@ -219,7 +219,8 @@ def _load_mistrals(
     loader = getattr(transformers, name)
     attention = family.attention(config)
     given = {"config": config, "state_dict": weights, "dtype": dtype, "attn_implementation": attention}
-    return family(complete(loader.from_pretrained(None, **given, **JUDGED)))
+    judged = loader.from_pretrained(None, **given, **JUDGED)
+    return family(complete(judged, family.unused_weights(config)))
 
 
 def _quantize(decoder: torch.nn.Module) -> None:

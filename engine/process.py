@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("engine.process")
 
-WAIT_POLICY, SLEEP = "OMP_WAIT_POLICY", "PASSIVE"
 SPIN_COUNT, SPINS = "GOMP_SPINCOUNT", "5000"
+"""How long libgomp's threads spin before they sleep: about as long as torch takes between two parallel operations."""
 
 MESSAGES_PER_STEP = 64
 """Greatest number of messages taken between two steps, so that a flood of new requests does not stop the
@@ -155,12 +155,11 @@ def use_cores(runner: ModelRunner, config: EngineConfig) -> None:
     import torch
 
     from engine.executor import threads_for
-    from engine.threads import StepThreads
 
     threads = threads_for(config, runner.weight_bytes)
     torch.set_num_threads(threads)
-    if os.environ.get(WAIT_POLICY) == SLEEP:
-        runner.threads = StepThreads(threads)
+    if os.environ.get(SPIN_COUNT) == SPINS:
+        runner.threads.count = threads
 
 
 def _take(
@@ -193,10 +192,8 @@ def _import_engine() -> None:
     of the time. On two cores, both of which the engine uses, threads that wait for each other must sleep before long:
     where the front end or another program has taken a core, one that spins keeps the one it waits for from running.
     """
-    if usable_cores() == 2:
-        # Read once, when torch is imported.
-        os.environ.setdefault(SPIN_COUNT, SPINS)
-        os.environ.setdefault(WAIT_POLICY, SLEEP)
+    if usable_cores() == 2 and "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault(SPIN_COUNT, SPINS)  # read once, when torch is imported
     gc.disable()
     import engine.engine  # noqa: F401
 

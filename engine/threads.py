@@ -1,10 +1,10 @@
-"""How many threads compute a step, on a machine with as few cores as threads."""
+"""How many threads compute a step."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -28,13 +28,13 @@ class StepThreads:
     do not depend on it.
 
     Attributes:
-        count: Number of all threads; with 1 torch's setting is left alone.
+        count: Number of all threads; with 1 torch's setting is left alone. It changes with the engine's cores.
     """
 
     def __init__(self, count: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self.count = count
         self._clock = clock
-        self._sizes: defaultdict[int, _Size] = defaultdict(lambda: _Size((1, count)))
+        self._sizes: dict[tuple[int, int], _Size] = {}
 
     def use_all(self) -> None:
         """Use all threads until the next step."""
@@ -48,7 +48,8 @@ class StepThreads:
             self.use_all()
             yield
             return
-        size = self._sizes[rows.bit_length()]  # a size for each power of two
+        kind = self.count, rows.bit_length()  # one for each power of two
+        size = self._sizes.setdefault(kind, _Size((1, self.count)))
         threads = size.choose()
         torch.set_num_threads(threads)
         began = self._clock()

@@ -29,8 +29,9 @@ PREFIX = "consolidated"
 JUDGED: Mapping[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 """Arguments with which transformers' `from_pretrained` returns what `complete` judges."""
 
-_POOLING = "vision_tower.head."
-"""SigLIP's pooling, which no family uses. Checkpoints leave it out, and not every config.json says so."""
+POOLING, LAST_NORM = "vision_tower.head.", "vision_tower.post_layernorm."
+"""SigLIP's pooling, which no family uses, and the norm after a tower's last layer, which some do not: checkpoints may
+leave out what is not used, and not every config.json says so."""
 
 _MOST_NAMED = 3
 """The most tensors that a message names."""
@@ -115,8 +116,8 @@ def weight_files(folder: Path, *, pickled: bool = False, named: str | None = Non
     return [folder / file for file in files]
 
 
-def complete(loaded: tuple[PreTrainedModel, Mapping[str, Any]]) -> PreTrainedModel:
-    """Return a model that was loaded with `JUDGED`, if its files held all of it.
+def complete(loaded: tuple[PreTrainedModel, Mapping[str, Any]], unused: Sequence[str]) -> PreTrainedModel:
+    """Return a model that was loaded with `JUDGED`, if its files held all of it but what is `unused` (parts of names).
 
     transformers initialises at random what is missing or has another shape, and only logs it. Buffers may be missing,
     since they are computed.
@@ -132,7 +133,7 @@ def complete(loaded: tuple[PreTrainedModel, Mapping[str, Any]]) -> PreTrainedMod
             f"the model's weights do not fit its config.json: {name} is {list(stored)} in the files and should be "
             f"{list(expected)}{_and_more(len(wrong) - 1)}: fetch both from one place"
         )
-    needed = {name for name, _ in model.named_parameters() if _POOLING not in name}
+    needed = {name for name, _ in model.named_parameters() if not any(part in name for part in unused)}
     missing = sorted(set(info["missing_keys"]) & needed)
     if missing:
         raise ModelLoadError(

@@ -12,6 +12,7 @@ from functools import cache
 from importlib.util import find_spec
 from typing import ClassVar
 
+import numpy as np
 import torch
 
 from engine.attention.gather import DecodeGroup, GatherKernel
@@ -21,8 +22,8 @@ logger = logging.getLogger(__name__)
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
-_LARGEST = 1 << 16
-"""Greatest size of a row of queries: a thread keeps some values for each of its elements on its stack."""
+_LARGEST_HEAD = 1024
+"""Greatest size of a head: a thread keeps 64 floats for each of its elements on its stack."""
 
 
 class _Cache(ctypes.Structure):
@@ -91,7 +92,7 @@ class CpuKernel(GatherKernel):
 
     def __init__(self, shape: CacheShape) -> None:
         super().__init__(shape)
-        self._library = compiled() if shape.dtype in _DTYPES else None
+        self._library = compiled() if shape.dtype in _DTYPES and shape.head_dim <= _LARGEST_HEAD else None
         self._caches = [
             _Cache(
                 keys.data_ptr(),
@@ -113,12 +114,17 @@ class CpuKernel(GatherKernel):
         return torch.frombuffer(memory, dtype=self.shape.dtype).view(size)
 
     def _group_decodes(self, step: PackedStep) -> list[DecodeGroup]:
-        """Keep all decodes together where nothing is padded."""
-        if self._library is None or step.num_decodes == 0:
+        """Keep all decodes together: compiled code reads no padding."""
+        count, size = step.num_decodes, step.block_size
+        if self._library is None or count == 0:
             return super()._group_decodes(step)
-        group = self._decode_group(step, list(range(step.num_decodes)), None)
-        group.contexts = torch.tensor(group.contexts)
-        return [group]
+        contexts = step.context_lens[:count]
+        used = [-(-context // size) for context in contexts]
+        tables = np.zeros((count, max(used)), dtype=np.int64)
+        for row, table, number in zip(tables, step.block_tables, used, strict=False):
+            row[:number] = table[:number]
+        blocks, lengths = torch.from_numpy(tables).flatten(), torch.tensor(contexts)
+        return [DecodeGroup(None, blocks, lengths, min(contexts), max(contexts), max(used), {})]
 
     def _decode(
         self,
@@ -130,7 +136,7 @@ class CpuKernel(GatherKernel):
         softcap: float | None,
     ) -> torch.Tensor:
         count, heads, dim = query.shape
-        if self._library is None or heads * dim > _LARGEST:
+        if self._library is None:
             return self._in_one_thread(layer, group, query, scale, window, softcap)
         if query.stride()[1:] != (dim, 1):
             query = query.contiguous()

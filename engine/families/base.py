@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from engine.families.preprocessor import Preprocessor
-from engine.weights import JUDGED, complete
+from engine.weights import JUDGED, POOLING, complete
 
 if TYPE_CHECKING:
     import torch
@@ -121,13 +121,20 @@ class FamilyModel:
         """
 
     @classmethod
+    def unused_weights(cls, config: PretrainedConfig) -> Sequence[str]:
+        """Return parts of the names of weights that the model does not use, so that its files may lack them."""
+        return (POOLING,)
+
+    @classmethod
     def load(cls, model_path: str, config: PretrainedConfig, **options: Any) -> FamilyModel:
         """Load the weights; `options` are passed to transformers' `from_pretrained`."""
         import transformers
 
         loader = getattr(transformers, cls.auto_class)
         options["attn_implementation"] = cls.attention(config)
-        return cls(complete(loader.from_pretrained(model_path, **options, **JUDGED)))
+        return cls(
+            complete(loader.from_pretrained(model_path, **options, **JUDGED), cls.unused_weights(config))
+        )
 
     @classmethod
     def attention(cls, config: PretrainedConfig) -> str | dict[str, str]:

@@ -5,6 +5,7 @@ Each image is resized to the tower's size, and so becomes the same number of tok
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from engine.errors import ModelLoadError
@@ -12,6 +13,7 @@ from engine.families.base import Family, FamilyModel
 from engine.families.pixels import recipe_of
 from engine.families.preprocessor import FixedMetadata, FixedPreprocessor, ModelFiles
 from engine.families.text import check_text
+from engine.weights import LAST_NORM, POOLING
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -34,9 +36,18 @@ class LlavaPreprocessor(FixedPreprocessor[FixedMetadata]):
 
 class LlavaModel(FamilyModel):
     @classmethod
+    def unused_weights(cls, config: PretrainedConfig) -> Sequence[str]:
+        return unused_weights(config)
+
+    @classmethod
     def check(cls, config: PretrainedConfig) -> None:
         num_image_tokens(config)
         check_text(config.text_config)
+
+
+def unused_weights(config: PretrainedConfig) -> Sequence[str]:
+    """Return what the tower lacks where it was cut after the layer whose output is used."""
+    return (POOLING, LAST_NORM) if config.vision_feature_layer == -2 else (POOLING,)
 
 
 def num_image_tokens(config: PretrainedConfig) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 
 from engine.errors import ModelLoadError
 from engine.families.base import Family, FamilyModel
-from engine.families.llava import num_image_tokens
+from engine.families.llava import num_image_tokens, unused_weights
 from engine.families.pixels import value_recipe
 from engine.families.preprocessor import Arrays, Layout, Metadata, ModelFiles, Preprocessor
 from engine.families.text import check_text
@@ -98,6 +98,10 @@ class LlavaNextPreprocessor(Preprocessor[LlavaNextMetadata]):
 
 
 class LlavaNextModel(FamilyModel):
+    @classmethod
+    def unused_weights(cls, config: PretrainedConfig) -> Sequence[str]:
+        return unused_weights(config)
+
     @classmethod
     def check(cls, config: PretrainedConfig) -> None:
         check_text(config.text_config)

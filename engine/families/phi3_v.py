@@ -229,7 +229,7 @@ class Phi3VModel(FamilyModel):
         options["attn_implementation"] = {"": IMPLEMENTATION, "vision_config": "sdpa"}
         options |= {"config": config, "key_mapping": HUB_NAMES, **JUDGED}
         loader: Any = architecture
-        return cls(complete(loader.from_pretrained(model_path, **options)))
+        return cls(complete(loader.from_pretrained(model_path, **options), cls.unused_weights(config)))
 
     @property
     def text_config(self) -> PretrainedConfig:

@@ -47,7 +47,7 @@ VALUES = (
     "true", "false", "7", "0.5", "16", "a,b", "0;1", "mine.py", " =#! \\ text: ü\n\t", "json", "jsonlines", "debug",
     "float16", '{"image": {"a=b": [1, "c"]}}', '{"image": {"rgba_background_color": [1, 2, 3]}}', '{"image": 3}',
     "[336, 336]", "1,3,336,336", "rolling", "disable", "generate", "pixel_values", "pil", "string", "openai",
-    "torchvision", "127.0.0.0/8",
+    "torchvision", "127.0.0.0/8", "https://app.example",
 )  # fmt: skip
 
 

@@ -15,9 +15,8 @@ import torch
 from engine.config import EngineConfig
 from engine.executor import threads_for
 from engine.machine import usable_cores
-from engine.messages import Add
+from engine.packed_linear import PackedLinear, pack, packable
 from engine.process import use_cores
-from engine.sampling_params import SamplingParams
 from engine.threads import MANY_ROWS, RECENT, RETRY, StepThreads
 from tests.support.engine_driver import load_engine
 from tests.support.shapes import ROOT
@@ -117,27 +116,27 @@ def test_prompts_get_all_threads_and_a_single_thread_is_left_alone() -> None:
 
 
 @pytest.mark.usefixtures("restored_threads")
-def test_tokens_do_not_depend_on_the_number_of_threads(tiny_llava: Path) -> None:
-    engine = load_engine(tiny_llava)
-    answers = []
+def test_what_was_learned_outlives_a_change_of_cores() -> None:
+    steps = Steps()
+    busy = {1: 0.016, 2: 0.028}
+    steps.run(2 * RECENT, 1, busy)
+    for cores in (1, 2):
+        steps.threads.count = cores
+    assert steps.run(10, 1, busy) == [1] * 10
+
+
+@pytest.mark.usefixtures("restored_threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 8, MANY_ROWS])
+def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype, rows: int) -> None:
+    layer = torch.nn.Sequential(torch.nn.Linear(1024, 3072, bias=False, dtype=dtype))
+    pack(layer)
+    assert isinstance(layer[0], PackedLinear) or not packable(torch.empty(3072, 1024, dtype=dtype))
+    inputs, results = torch.randn(rows, 1024).to(dtype), []
     for count in (1, 2):
         torch.set_num_threads(count)
-        engine.runner.threads = StepThreads(count)
-        engine.add(
-            Add(
-                count,
-                [65] * MANY_ROWS,
-                SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True),
-                [0],
-                (),
-            )
-        )
-        outputs = []
-        while engine.has_work:
-            outputs += engine.step()
-        answers.append([token for output in outputs for token in output.token_ids])
-    assert answers[0] == answers[1]
-    assert len(answers[0]) == 24
+        results.append(layer(inputs))
+    assert torch.equal(*results)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from engine.config import EngineConfig
 from engine.errors import ModelLoadError
 from engine.loader import load_model
-from engine.weights import complete, weight_files
+from engine.weights import POOLING, complete, weight_files
 from handlers.backends.rolling.model_front import ModelFront
 from handlers.backends.rolling.plan import plan_engines
 from handlers.backends.vllm.checkpoint import replaced_formats
@@ -121,14 +121,27 @@ def test_a_checkpoint_without_all_of_its_weights_is_refused(
         loaded(model)
 
 
-def test_pooling_that_no_family_uses_may_be_missing() -> None:
+def test_what_a_family_does_not_use_may_be_missing(model: Path) -> None:
+    """Features are taken before the tower's last norm, whatever it holds."""
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "vision_feature_layer": -2}))
+    tensors = load_file(model / SAFE)
+    before = loaded(model)
+    norms = [name for name in tensors if "post_layernorm" in name]
+    assert norms
+    save_file({name: tensors[name] for name in tensors.keys() - norms}, model / SAFE, {"format": "pt"})
+    after = loaded(model)
+    assert all(torch.equal(before[name], after[name]) for name in before if "post_layernorm" not in name)
+
+
+def test_pooling_may_be_missing_in_every_family() -> None:
     tower = torch.nn.ModuleDict({"head": torch.nn.Linear(1, 1), "layer": torch.nn.Linear(1, 1)})
     model: Any = torch.nn.ModuleDict({"vision_tower": tower})
     info = {"mismatched_keys": [], "missing_keys": ["vision_tower.head.weight"]}
-    assert complete((model, info)) is model
+    assert complete((model, info), [POOLING]) is model
     info["missing_keys"].append("vision_tower.layer.bias")
     with pytest.raises(ModelLoadError, match=r"lack vision_tower\.layer\.bias \("):
-        complete((model, info))
+        complete((model, info), [POOLING])
 
 
 def test_tensors_that_the_model_does_not_have_change_nothing(model: Path) -> None:
