@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from handlers.errors import InvalidRequest, ServingError
+from engine.errors import EngineStopped
+from handlers.backends.rolling.engine import RollingStream
+from handlers.errors import InvalidRequest, ServingError, Unavailable
 from handlers.request import (
     GenerationRequest,
     RequestSampling,
@@ -82,6 +84,22 @@ def test_what_it_answers_and_what_it_refuses(model: Path) -> None:
             assert backend.stats().encoder_cache_hits >= 1
 
     asyncio.run(scenario())
+
+
+def test_a_request_whose_engine_was_stopped_is_to_be_sent_again() -> None:
+    class Stopped:
+        ids = ("a",)
+
+        async def get(self) -> Any:
+            raise EngineStopped
+
+    async def read() -> None:
+        outputs: Any = Stopped()
+        async for _ in RollingStream(outputs, ()):
+            pass
+
+    with pytest.raises(Unavailable, match="the server is stopping; send the request again"):
+        asyncio.run(read())
 
 
 def test_the_placeholder_can_be_another_token_than_the_processors(model: Path) -> None:
