@@ -101,7 +101,8 @@ assert {
     "max_cudagraph_capture_size",
     "structured_outputs_config",
 } <= names
-assert not {name.removeprefix("option.") for name in IGNORED} & names
+# Files are never read, whatever vLLM would allow.
+assert {name.removeprefix("option.") for name in IGNORED} & names == {"allowed_local_media_path"}
 registered = registered_names()
 assert {"fp8", "int8_per_channel_weight_only"} <= set(registered["quantization"])
 assert not set(GONE) & set(registered["quantization"])
