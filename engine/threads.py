@@ -49,7 +49,9 @@ class StepThreads:
             yield
             return
         kind = self.count, rows.bit_length()  # one for each power of two
-        size = self._sizes.setdefault(kind, _Size((1, self.count)))
+        if kind not in self._sizes:
+            self._sizes[kind] = _Size((1, self.count))
+        size = self._sizes[kind]
         threads = size.choose()
         torch.set_num_threads(threads)
         began = self._clock()

@@ -7,7 +7,8 @@ import logging
 import math
 import mmap
 import platform
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.util import find_spec
 from typing import ClassVar
@@ -82,6 +83,19 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     return library
 
 
+@contextmanager
+def _one_of_two_threads() -> Iterator[None]:
+    """Use one thread of torch where there are two: to wake the other takes longer than it saves."""
+    threads = torch.get_num_threads()
+    if threads == 2:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if threads == 2:
+            torch.set_num_threads(threads)
+
+
 class CpuKernel(GatherKernel):
     """`GatherKernel` with its cache in huge pages, where the system has them for who asks.
 
@@ -137,7 +151,8 @@ class CpuKernel(GatherKernel):
     ) -> torch.Tensor:
         count, heads, dim = query.shape
         if self._library is None:
-            return self._in_one_thread(layer, group, query, scale, window, softcap)
+            with _one_of_two_threads():
+                return super()._decode(layer, group, query, scale, window, softcap)
         if query.stride()[1:] != (dim, 1):
             query = query.contiguous()
         blocks, contexts = group.blocks.long(), torch.as_tensor(group.contexts, dtype=torch.long)
@@ -155,25 +170,6 @@ class CpuKernel(GatherKernel):
             torch.get_num_threads(),
         )
         return out
-
-    def _in_one_thread(
-        self,
-        layer: int,
-        group: DecodeGroup,
-        query: torch.Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> torch.Tensor:
-        """Use one thread of torch where there are two: to wake the other takes longer than it saves."""
-        threads = torch.get_num_threads()
-        if threads == 2:
-            torch.set_num_threads(1)
-        try:
-            return super()._decode(layer, group, query, scale, window, softcap)
-        finally:
-            if threads == 2:
-                torch.set_num_threads(threads)
 
     @classmethod
     def unsupported(cls, shape: CacheShape) -> str | None:
