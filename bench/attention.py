@@ -71,15 +71,11 @@ def kernel_step(case: Case, kernel: AttentionKernel) -> Callable[[], None]:
 
     def packed(length: int, context: int) -> PackedStep:
         slots = [
-            table[place // size] * size + place % size
-            for table in tables
-            for place in range(context - length, context)
+            table[place // size] * size + place % size for table in tables for place in range(context - length, context)
         ]
         starts = [length * i for i in range(case.batch + 1)]
         decodes = case.batch if length == 1 else 0
-        return PackedStep(
-            starts, [context] * case.batch, tables, torch.tensor(slots, device=device), decodes, size
-        )
+        return PackedStep(starts, [context] * case.batch, tables, torch.tensor(slots, device=device), decodes, size)
 
     def tokens(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         query, key, value = (
@@ -104,16 +100,12 @@ def kernel_step(case: Case, kernel: AttentionKernel) -> Callable[[], None]:
 def sdpa_step(case: Case, device: torch.device) -> Callable[[], None]:
     """Prepare the usual way: keys and values padded and gathered, a boolean mask, shared key heads."""
     query = torch.randn(case.batch, case.heads, 1, case.head_dim, device=device).to(case.dtype)
-    cache = torch.randn(LAYERS, 2, case.batch, case.kv_heads, case.context, case.head_dim, device=device).to(
-        case.dtype
-    )
+    cache = torch.randn(LAYERS, 2, case.batch, case.kv_heads, case.context, case.head_dim, device=device).to(case.dtype)
     mask = torch.ones(case.batch, 1, 1, case.context, dtype=torch.bool, device=device)
 
     def run() -> None:
         for keys, values in cache:
-            scaled_dot_product_attention(
-                query, keys, values, attn_mask=mask, enable_gqa=case.heads != case.kv_heads
-            )
+            scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=case.heads != case.kv_heads)
 
     return run
 

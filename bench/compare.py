@@ -34,9 +34,7 @@ def main() -> None:
     add_model_arguments(parser)
     parser.add_argument("--peer", choices=("vllm", "ours"), default="vllm", help="(%(default)s)")
     parser.add_argument("--peer-url", help="a server that is already up, http://host:port")
-    parser.add_argument(
-        "--peer-python", type=Path, default=Path(".venv-vllm/bin/python"), help="(%(default)s)"
-    )
+    parser.add_argument("--peer-python", type=Path, default=Path(".venv-vllm/bin/python"), help="(%(default)s)")
     parser.add_argument("--peer-option", action="append", default=[], metavar="KEY=VALUE", help="--peer ours")
     parser.add_argument("--peer-argument", action="append", default=[], help="for vLLM's own command line")
     parser.add_argument(
@@ -136,9 +134,7 @@ def _round(pair: dict[str, servers.Server], one: load.Load, turn: int, view: Vie
     return {name: runs[name] for name in pair}
 
 
-def _add_idle(
-    row: dict[str, dict[str, Any]], runs: dict[str, load.Run], pair: dict[str, servers.Server]
-) -> None:
+def _add_idle(row: dict[str, dict[str, Any]], runs: dict[str, load.Run], pair: dict[str, servers.Server]) -> None:
     (ours, peer) = pair
     for name, other in ((ours, peer), (peer, ours)):
         row[name]["idle_cores"] = report.cores(runs[other], pair[name].samples)

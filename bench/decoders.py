@@ -78,9 +78,7 @@ async def measured(count: int) -> dict[int, tuple[float, float, float]]:
         rows[side] = statistics.median(alone), statistics.median(together), statistics.median(front)
     for child in psutil.Process().children():
         memory = child.memory_full_info()
-        print(
-            f"decoder: {memory.rss / 2**20:.0f} MB resident, {memory.pss / 2**20:.0f} MB of them its share (PSS)"
-        )
+        print(f"decoder: {memory.rss / 2**20:.0f} MB resident, {memory.pss / 2**20:.0f} MB of them its share (PSS)")
     await pool.aclose()
     return rows
 

@@ -317,10 +317,7 @@ class Bench:
         assert preprocessor is not None
         self.preprocessor = preprocessor
         random = np.random.default_rng(0)
-        images = [
-            Image.fromarray(random.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8))
-            for _ in range(REQUESTS)
-        ]
+        images = [Image.fromarray(random.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)) for _ in range(REQUESTS)]
         started = time.process_time()
         prepared = [preprocessor.prepare(image) for image in images]
         self.prepared_per_second = REQUESTS / (time.process_time() - started)
@@ -335,14 +332,10 @@ class Bench:
 
     def ours(self) -> float:
         """Requests per second of processor time, with a new engine, so that nothing is cached."""
-        engine = load_engine(
-            self.path, max_num_seqs=STREAMS, kv_cache_bytes=512 << 20, dtype=str(self.dtype)[6:]
-        )
+        engine = load_engine(self.path, max_num_seqs=STREAMS, kv_cache_bytes=512 << 20, dtype=str(self.dtype)[6:])
         engine.warm_up()
         adds = [
-            prompt.add(
-                self.preprocessor, RequestSampling(temperature=0.0, max_tokens=length, ignore_eos=True)
-            )
+            prompt.add(self.preprocessor, RequestSampling(temperature=0.0, max_tokens=length, ignore_eos=True))
             for prompt, length in zip(self.prompts, self.lengths, strict=True)
         ]
         started = time.process_time()
@@ -432,9 +425,7 @@ def both_servers(name: str, path: Path, python: Path, logs: Path) -> Iterator[li
     theirs = servers.vllm_command(python, path, ports[1], arguments)
     with (
         servers.started("ours", ours, ports[0], logs / f"{name}-ours.log") as first,
-        servers.started(
-            "vllm", theirs, ports[1], logs / f"{name}-vllm.log", servers.VLLM_ENVIRONMENT
-        ) as second,
+        servers.started("vllm", theirs, ports[1], logs / f"{name}-vllm.log", servers.VLLM_ENVIRONMENT) as second,
     ):
         yield [first, second]
 
@@ -498,9 +489,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--no-vllm", action="store_true", help="leave vLLM's server out")
     parser.add_argument("--no-generate", action="store_true", help="leave transformers' generate out")
-    parser.add_argument(
-        "--vllm-python", type=Path, default=Path(".venv-vllm/bin/python"), help="(%(default)s)"
-    )
+    parser.add_argument("--vllm-python", type=Path, default=Path(".venv-vllm/bin/python"), help="(%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("bench/results/families.json"))
     options = parser.parse_args()
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -125,8 +125,7 @@ def _openvino_precision(folder: Path, properties: dict[str, Any]) -> str:
     core = import_module("openvino").Core()
     model = core.compile_model(str(folder / "openvino_language_model.xml"), "CPU", properties)
     activations, cache = (
-        model.get_property(name).get_type_name()
-        for name in ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION")
+        model.get_property(name).get_type_name() for name in ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION")
     )
     return f"{activations}, key/value cache {cache}"
 
@@ -181,9 +180,7 @@ class Ours:
             prepared = self._preprocessor.prepare(next(images))
             tensors = {name: TensorData.pack(array) for name, array in prepared.tensors.items()}
             digest = b"%d %d" % (number, len(placed))
-            placed.append(
-                ImageInput(digest, len(prompt), len(prepared.token_ids), tensors, prepared.is_embed)
-            )
+            placed.append(ImageInput(digest, len(prompt), len(prepared.token_ids), tensors, prepared.is_embed))
             prompt += prepared.token_ids
         params = SamplingParams(temperature=0.0, max_tokens=request.tokens, ignore_eos=True)
         refused = self._engine.add(Add(number, prompt, params, [0], (), placed))
@@ -214,9 +211,7 @@ def answer(pipeline: Pipeline, numbers: Iterator[int], asked: Asked) -> Answered
     return Answered(begin=begin, end=end, cpu=cpu, memory=_resident(), replies=replies)
 
 
-def _closed(
-    pipeline: Pipeline, numbers: Iterator[int], requests: Sequence[Request], streams: int
-) -> list[Timed]:
+def _closed(pipeline: Pipeline, numbers: Iterator[int], requests: Sequence[Request], streams: int) -> list[Timed]:
     replies: list[Timed] = []
     active: dict[int, tuple[Timed, int]] = {}
     waiting = iter(requests)

@@ -98,8 +98,7 @@ def bodies(load: Load, model: str) -> list[bytes]:
     urls = _image_urls(load.seed, load.images * (1 if load.shared else count), load.width, load.height)
     shown = load.images
     return [
-        _body(load, model, urls if load.shared else urls[i * shown : (i + 1) * shown], chance)
-        for i in range(count)
+        _body(load, model, urls if load.shared else urls[i * shown : (i + 1) * shown], chance) for i in range(count)
     ]
 
 
@@ -311,15 +310,9 @@ def from_arguments(arguments: argparse.Namespace) -> list[Load]:
         seconds=arguments.seconds,
     )
     if arguments.rate is not None:
-        loads = [
-            dataclasses.replace(base, rate=rate, requests=max(32, round(10 * rate)))
-            for rate in arguments.rate
-        ]
+        loads = [dataclasses.replace(base, rate=rate, requests=max(32, round(10 * rate))) for rate in arguments.rate]
     else:
-        loads = [
-            dataclasses.replace(base, streams=count, requests=max(32, 8 * count))
-            for count in arguments.streams
-        ]
+        loads = [dataclasses.replace(base, streams=count, requests=max(32, 8 * count)) for count in arguments.streams]
     return [
         dataclasses.replace(load, requests=arguments.requests or load.requests, seed=arguments.seed + place)
         for place, load in enumerate(loads)

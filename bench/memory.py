@@ -29,17 +29,13 @@ def main() -> None:
     )
     add_model_arguments(parser)
     parser.add_argument("--count", type=int, default=10000, help="images (%(default)s)")
-    parser.add_argument(
-        "--skip", type=int, help="first images not judged, which fill the caches (half of them)"
-    )
+    parser.add_argument("--skip", type=int, help="first images not judged, which fill the caches (half of them)")
     parser.add_argument("--side", type=int, default=512, help="of an image, in pixels (%(default)s)")
     parser.add_argument("--slope", type=float, default=5.0, help="MB per 1,000 images (%(default)s)")
     parser.add_argument("--front", type=float, default=500.0, help="MB (%(default)s)")
     arguments = parser.parse_args()
     out = results_folder("memory")
-    one = load.Load(
-        requests=BATCH, streams=16, width=arguments.side, height=arguments.side, tokens=8, warmup=0
-    )
+    one = load.Load(requests=BATCH, streams=16, width=arguments.side, height=arguments.side, tokens=8, warmup=0)
     seen, front, workers = [], [], []
     with server(arguments, out) as target:
         for turn in tqdm(range(arguments.count // BATCH), "batches"):

@@ -75,9 +75,7 @@ def main() -> None:
             for one in LOADS:
                 rows = _round(sides, dataclasses.replace(one, seed=one.seed + 1000 * turn), turn)
                 rounds[str(one)].append(rows)
-    medians = {
-        name: {side: medians_of([r[side] for r in of]) for side in of[0]} for name, of in rounds.items()
-    }
+    medians = {name: {side: medians_of([r[side] for r in of]) for side in of[0]} for name, of in rounds.items()}
     ratios = {name: times_better(of) for name, of in rounds.items()}
     content = {"machine": report.machine(), "medians": medians, "ratios": ratios, "rounds": rounds}
     save(out / "results.json", content)
@@ -95,12 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_model_arguments(parser)
     parser.set_defaults(random="212m")
-    parser.add_argument(
-        "--peer-python", type=Path, default=Path(".venv-openvino/bin/python"), help="(%(default)s)"
-    )
-    parser.add_argument(
-        "--peer-option", action="append", default=[], metavar="KEY=VALUE", help="for OpenVINO"
-    )
+    parser.add_argument("--peer-python", type=Path, default=Path(".venv-openvino/bin/python"), help="(%(default)s)")
+    parser.add_argument("--peer-option", action="append", default=[], metavar="KEY=VALUE", help="for OpenVINO")
     parser.add_argument(
         "--converted",
         type=Path,
@@ -163,9 +157,7 @@ def convert(python: Path, folder: Path, where: Path, weights: str, log: Path) ->
 def worker(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[str]]:
     """Run a process that is asked in lines; it ends with its input, so even if this process is killed."""
     with log.open("ab") as output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, text=True
-        )
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, text=True)
     assert process.stdin is not None
     try:
         yield process

@@ -57,9 +57,7 @@ def cases(image: str) -> dict[str, Case]:
     parameters = {"max_new_tokens": TOKENS, "seed": 7, "temperature": 0.7, "top_p": 0.9}
     return {
         "chat": Case("/v1/chat/completions", chat),
-        "chat, logprobs": Case(
-            "/v1/chat/completions", {**chat, "logprobs": True, "top_logprobs": 2}, logprobs=True
-        ),
+        "chat, logprobs": Case("/v1/chat/completions", {**chat, "logprobs": True, "top_logprobs": 2}, logprobs=True),
         "completions": Case("/v1/completions", {"model": "m", "prompt": prompt, "max_tokens": TOKENS}),
         "LMI": Case("/invocations", {"inputs": prompt, "parameters": parameters}),
         "LMI, chat": Case("/invocations", chat),

@@ -70,9 +70,7 @@ def _quantiles(seconds: list[float]) -> str:
     found = sorted(seconds)
     if not found:
         return "-"
-    return "/".join(
-        f"{found[min(len(found) - 1, int(part * len(found)))] * 1000:.0f}" for part in (0.5, 0.99)
-    )
+    return "/".join(f"{found[min(len(found) - 1, int(part * len(found)))] * 1000:.0f}" for part in (0.5, 0.99))
 
 
 class _Exchange(asyncio.Protocol):
@@ -225,9 +223,7 @@ def main() -> None:
         seen, cpu = _measured(port, lambda: pool.apply(streams, (port, request, half, arguments.seconds)))
         answered = len(seen.times.get(200, []))
         capacity, each = answered / arguments.seconds, cpu / max(1, answered)
-        print(
-            f"capacity: {capacity:.1f} requests/s with {half} clients; {each * 1000:.2f} ms of the front each"
-        )
+        print(f"capacity: {capacity:.1f} requests/s with {half} clients; {each * 1000:.2f} ms of the front each")
         for times in map(float, arguments.times.split(",")):
             seen, pings, cpu = _overload(pool, port, request, times * capacity, arguments)
             answered, refused = len(seen.times.get(200, [])), len(seen.times.get(429, []))

@@ -115,9 +115,7 @@ def _steps(high: float) -> list[float]:
     return [step * count for count in range(math.ceil(high / step) + 1)]
 
 
-def _failures(
-    servers: list[dict[str, str]], levels: list[dict[str, Any]]
-) -> list[tuple[str, str, str, int, str]]:
+def _failures(servers: list[dict[str, str]], levels: list[dict[str, Any]]) -> list[tuple[str, str, str, int, str]]:
     return [
         (level["name"], server["name"], status, count, "; ".join(row["errors"]))
         for level in levels

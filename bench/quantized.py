@@ -52,10 +52,7 @@ def _messages(question: Question) -> list[dict[str, Any]]:
     def content(parts: Any) -> Any:
         if isinstance(parts, str):
             return parts
-        return [
-            {"type": "image_pil", "image_pil": next(images)} if part["type"] == "image" else part
-            for part in parts
-        ]
+        return [{"type": "image_pil", "image_pil": next(images)} if part["type"] == "image" else part for part in parts]
 
     return [{**message, "content": content(message["content"])} for message in question.messages]
 

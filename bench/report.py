@@ -123,15 +123,10 @@ def knee(rows: Sequence[dict[str, Any]]) -> int | None:
 
 def times_better(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, float]:
     """Return, for each number, the median over pairs of summaries of how many times better the first is."""
-    found = {
-        key: statistics.median(_ratio(one[key], other[key]) for one, other in pairs)
-        for key in HIGHER_IS_BETTER
-    }
+    found = {key: statistics.median(_ratio(one[key], other[key]) for one, other in pairs) for key in HIGHER_IS_BETTER}
     for key in LOWER_IS_BETTER:
         for p in (f"p{percentile}" for percentile in PERCENTILES):
-            found[f"{key} {p}"] = statistics.median(
-                _ratio(other[key][p], one[key][p]) for one, other in pairs
-            )
+            found[f"{key} {p}"] = statistics.median(_ratio(other[key][p], one[key][p]) for one, other in pairs)
     return found
 
 

@@ -60,9 +60,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--option", action="append", default=[], metavar="KEY=VALUE", help="for our server; may be repeated"
     )
-    parser.add_argument(
-        "--python", type=Path, help="of the environment that our server runs in (default: this one)"
-    )
+    parser.add_argument("--python", type=Path, help="of the environment that our server runs in (default: this one)")
 
 
 def model_folder(arguments: argparse.Namespace) -> Path:

@@ -33,12 +33,8 @@ def loads(replicas: int, batch: int, answers: int) -> dict[str, load.Load]:
     """Return what so many replicas are sent: as many streams as their steps take, and images of 100 KB each."""
     streams = replicas * batch
     return {
-        "streams": load.Load(
-            images=0, tokens=128, streams=streams, requests=answers * streams, warmup=streams
-        ),
-        "images": load.Load(
-            width=680, height=680, tokens=8, streams=16 * replicas, requests=240 * answers, warmup=32
-        ),
+        "streams": load.Load(images=0, tokens=128, streams=streams, requests=answers * streams, warmup=streams),
+        "images": load.Load(width=680, height=680, tokens=8, streams=16 * replicas, requests=240 * answers, warmup=32),
     }
 
 
@@ -65,9 +61,7 @@ def _front_seconds(pid: int) -> tuple[float, float]:
     return times.user + times.system, main.user_time + main.system_time
 
 
-def measured(
-    folder: Path, replicas: int, arguments: argparse.Namespace, out: Path
-) -> dict[str, dict[str, Any]]:
+def measured(folder: Path, replicas: int, arguments: argparse.Namespace, out: Path) -> dict[str, dict[str, Any]]:
     """Serve a model with that many stubs and return each workload's numbers."""
     port = free_port()
     command = our_command(folder, port, [f"max_rolling_batch_size={arguments.batch}"])
@@ -106,8 +100,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
                 " / ".join(format(cores * scale, digits) for cores in used)
                 for scale, digits in ((1, ".2f"), (1e6 / tokens, ".0f"), (1e3 / requests, ".2f"))
             ),
-            " / ".join(f"{row[rate] * FULL / max(cores, 0.01):.0f}" for cores in used)
-            + f" {rate.partition('_')[0]}/s",
+            " / ".join(f"{row[rate] * FULL / max(cores, 0.01):.0f}" for cores in used) + f" {rate.partition('_')[0]}/s",
             goal,
         ]
         lines.append(f"| {' | '.join(map(str, cells))} |")

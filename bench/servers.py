@@ -58,9 +58,7 @@ class Server:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-def our_command(
-    folder: Path, port: int, options: Sequence[str] = (), python: Path | None = None
-) -> list[str]:
+def our_command(folder: Path, port: int, options: Sequence[str] = (), python: Path | None = None) -> list[str]:
     """Return the command that serves a folder with this project.
 
     Our default is one image per prompt; the loads contain several.
@@ -160,9 +158,7 @@ def running(url: str, model: str = "", key: str = "") -> Server:
     path = parts.path.rstrip("/").removesuffix("/v1")
     if not (path + key).isascii() or not (path + key).isprintable() or " " in path + key:
         raise Unusable("the URL's path and the API key must be printable ASCII without spaces")
-    target = Server(
-        parts.netloc + path, parts.hostname, port, model, path=path, tls=parts.scheme == "https", key=key
-    )
+    target = Server(parts.netloc + path, parts.hostname, port, model, path=path, tls=parts.scheme == "https", key=key)
     if not model:
         target.model = _listed_model(target)
     return target
@@ -181,19 +177,13 @@ def _listed_model(target: Server) -> str:
     finally:
         connection.close()
     if reply.status in (401, 403):
-        raise Unusable(
-            f"{target.name} refuses the API key, or wants one (status {reply.status}): --key-variable"
-        )
+        raise Unusable(f"{target.name} refuses the API key, or wants one (status {reply.status}): --key-variable")
     if reply.status != 200:
-        raise Unusable(
-            f"{target.name} answers GET /v1/models with status {reply.status}; name a model with --model"
-        )
+        raise Unusable(f"{target.name} answers GET /v1/models with status {reply.status}; name a model with --model")
     try:
         return str(json.loads(content)["data"][0]["id"])
     except (ValueError, LookupError, TypeError):
-        raise Unusable(
-            f"{target.name} does not list a model in GET /v1/models; name one with --model"
-        ) from None
+        raise Unusable(f"{target.name} does not list a model in GET /v1/models; name one with --model") from None
 
 
 def leave_cores(cores: Collection[int]) -> None:

@@ -55,19 +55,11 @@ def main() -> None:
     keep_freed_memory()
     engine.warm_up()
     limit = _reading(_weights(engine))
-    print(
-        f"{engine.runner.dtype}, {arguments.threads} threads; reading the decoder's weights: {limit:.1f} ms"
-    )
+    print(f"{engine.runner.dtype}, {arguments.threads} threads; reading the decoder's weights: {limit:.1f} ms")
     for rows in map(int, arguments.rows.split(",")):
-        times = [
-            time
-            for _ in range(arguments.rounds)
-            for time in _steps(engine, rows, PROMPT, STEPS)[-STEPS + 2 :]
-        ]
+        times = [time for _ in range(arguments.rounds) for time in _steps(engine, rows, PROMPT, STEPS)[-STEPS + 2 :]]
         median = statistics.median(times)
-        print(
-            f"{rows:3} requests: {median:6.1f} ms a step, {median / limit:.2f} times the reading", flush=True
-        )
+        print(f"{rows:3} requests: {median:6.1f} ms a step, {median / limit:.2f} times the reading", flush=True)
     if arguments.prompt:
         _compare_prompt(engine, folder, arguments.prompt, arguments.rounds)
 

@@ -48,14 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"report: {path}", file=sys.stderr)
     if given.open:
         webbrowser.open(path.resolve().as_uri())
-    silent = [
-        place for place in range(len(targets)) if not any(_whole(level, place) for level in found["levels"])
-    ]
+    silent = [place for place in range(len(targets)) if not any(_whole(level, place) for level in found["levels"])]
     for place in silent:
         row = found["levels"][-1]["servers"][place]
-        print(
-            f"{targets[place].name} gave no whole reply: {row['outcomes']}: {row['errors']}", file=sys.stderr
-        )
+        print(f"{targets[place].name} gave no whole reply: {row['outcomes']}: {row['errors']}", file=sys.stderr)
     return 1 if silent else 0
 
 
@@ -155,9 +151,7 @@ def _targets(given: argparse.Namespace) -> list[servers.Server]:
         for url, model, name in zip(given.url, models, keys, strict=True)
     ]
     if len({(target.name, target.model) for target in targets}) < len(targets):
-        raise servers.Unusable(
-            "the two URLs are the same server and model, which would answer from its caches"
-        )
+        raise servers.Unusable("the two URLs are the same server and model, which would answer from its caches")
     return targets
 
 

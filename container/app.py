@@ -313,9 +313,7 @@ class App:
         if call.exchange.status == 0 and call.exchange.ending == "overdue":
             raise DeadlineExceeded("the request's time is up (predict_timeout); ask for less or raise it")
         if call.exchange.status == 0 and call.exchange.ending == "shutdown":
-            raise Unavailable(
-                "the server stopped before the answer was complete; send it again", retry_after=5
-            )
+            raise Unavailable("the server stopped before the answer was complete; send it again", retry_after=5)
 
     def _reserve_place(self, body: Body) -> None:
         """Reserve a place in the queue, unless one is reserved; a slow body loses it. Raises Overloaded."""
@@ -359,14 +357,10 @@ class App:
         call.error, call.reason = known.kind, own_words_of(known)
         self._metrics.on_error(known.kind)
         if known.status >= 500 and not isinstance(error, Unavailable | InsufficientStorage):
-            logger.error(
-                "the request failed", exc_info=error, extra={"facts": {"request_id": call.request_id}}
-            )
+            logger.error("the request failed", exc_info=error, extra={"facts": {"request_id": call.request_id}})
         if call.exchange.status != 0:
             return
-        reply = error_reply(
-            known, error_format(call.path if call.route is None else call.template, call.headers)
-        )
+        reply = error_reply(known, error_format(call.path if call.route is None else call.template, call.headers))
         if isinstance(error, MethodNotAllowed):
             reply.headers["Allow"] = ", ".join(error.allowed)
         await self._reply(call, reply, close=not call.body_read and has_body(call.headers))
@@ -378,9 +372,7 @@ class App:
         facts = call.facts or finished
         status = exchange.status or (499 if exchange.ending == "client_gone" else 500)
         self._metrics.on_http(call.template, status)
-        if (call.logged and call.error is None) or (
-            call.route is not None and call.route.light and status != 401
-        ):
+        if (call.logged and call.error is None) or (call.route is not None and call.route.light and status != 401):
             return
         logger.info("request", extra={"facts": call.line(status, facts)})
 

@@ -330,9 +330,7 @@ class Body:
         return None
 
     def _too_large(self) -> PayloadTooLarge:
-        return PayloadTooLarge(
-            f"the request's body is larger than the {self._limit} bytes allowed (max_request_size)"
-        )
+        return PayloadTooLarge(f"the request's body is larger than the {self._limit} bytes allowed (max_request_size)")
 
 
 def _joined(pieces: list[bytes | bytearray]) -> bytes:

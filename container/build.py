@@ -117,9 +117,7 @@ def _service(
         model_name=configuration.public_names[0],
         other_names=configuration.accepted_names,
         formats=pipeline.capabilities.formats
-        or answer_formats(
-            settings.tool_call_parser, settings.enable_auto_tool_choice, settings.reasoning_parser
-        ),
+        or answer_formats(settings.tool_call_parser, settings.enable_auto_tool_choice, settings.reasoning_parser),
         gates=gates(settings),
         formatters=formatters,
         observer=observer,

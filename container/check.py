@@ -301,9 +301,7 @@ def _print(report: Mapping[str, Any], as_json: bool, everything: bool = False) -
     elif sys.stdout.isatty():
         width = shutil.get_terminal_size().columns
         lines = [_for_terminal(line, width) for line in _lines(report, everything)]
-        lines[0] = _colored(
-            lines[0], "1;31" if report["errors"] else "1;33" if report["warnings"] else "1;32"
-        )
+        lines[0] = _colored(lines[0], "1;31" if report["errors"] else "1;33" if report["warnings"] else "1;32")
     else:
         lines = _lines(report, everything)
     sys.stdout.write("\n".join(lines).replace(_NO_BREAK, " ") + "\n")
@@ -313,9 +311,7 @@ def _for_terminal(line: str, width: int) -> str:
     """Break a line below its second column, and colour what it begins with."""
     label, space = line.split(" ")[0], _COLUMN.match(line)
     indent = " " * min(0 if space is None else space.end(), width // 2)
-    text = textwrap.fill(
-        line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )
+    text = textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
     color = {"error:": "1;31", "warning:": "1;33"}.get(label, "2" if label in _ROWS else "")
     return _colored(label, color) + text[len(label) :] if color else text
 
@@ -368,11 +364,7 @@ def _verdict(report: Mapping[str, Any]) -> str:
     if "instances" in report:
         fitting = sum(row["fits"] is True for row in report["instances"])
         unknown = any(row["fits"] is None for row in report["instances"])
-        told = (
-            "unknown where this fits"
-            if unknown
-            else f"this fits {fitting} of {len(report['instances'])} instances"
-        )
+        told = "unknown where this fits" if unknown else f"this fits {fitting} of {len(report['instances'])} instances"
         return f"{errors}, {warnings}: {told}"
     if report["errors"]:
         return f"{errors}, {warnings}: this cannot be served"
@@ -412,9 +404,7 @@ def _comparison(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         kinds.setdefault((row["name"].partition(".")[0], row["gpus"], host), []).append(row)
     for first, *others in kinds.values():
         sizes = [other["name"].partition(".")[2] for other in others]
-        names = first["name"] + (
-            f" to {sizes[-1]}" if len(sizes) > 1 else "".join(f", {size}" for size in sizes)
-        )
+        names = first["name"] + (f" to {sizes[-1]}" if len(sizes) > 1 else "".join(f", {size}" for size in sizes))
         gpu = (first["gpu"] or "").removeprefix("NVIDIA ")
         devices = f"{first['gpus']} x {gpu}" if first["gpus"] else f"CPU, {size_text(first['host_memory'])}"
         replicas = first["copies"] and f"{first['copies']} on {first['devices_per_copy']}"
@@ -422,10 +412,7 @@ def _comparison(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         told = ["-" if fact is None or not first["fits"] else str(fact) for fact in facts]
         lines.append((names, devices, {True: "yes", False: "no", None: "?"}[first["fits"]], *told))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    table = [
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    ]
+    table = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     assumed = [] if vllm_installed() or rows[0]["backend"] is None else ["", _EMBEDDED]
     return [*table, *assumed, "--instance NAME says why, and more"]
 
@@ -449,13 +436,10 @@ def _options(
 
 
 def _table(rows: Sequence[tuple[str, str, str]]) -> list[str]:
-    first, second = (
-        min(widest, max(len(row[column]) for row in rows)) for column, widest in enumerate(_ALIGNED)
-    )
+    first, second = (min(widest, max(len(row[column]) for row in rows)) for column, widest in enumerate(_ALIGNED))
     # The spaces of a source are those at which a terminal's line is not broken.
     return [
-        f"{name:<{first}}  {value:<{second}}  {source.replace(' ', _NO_BREAK)}".rstrip()
-        for name, value, source in rows
+        f"{name:<{first}}  {value:<{second}}  {source.replace(' ', _NO_BREAK)}".rstrip() for name, value, source in rows
     ]
 
 
@@ -489,9 +473,7 @@ def _memory(
     if memory["cache_per_device"] is not None:
         lines.append(f"key/value cache {size_text(memory['cache_per_device'])} per device")
     if memory["cache_tokens"] is not None:
-        lines.append(
-            f"room for {memory['cache_tokens']} tokens, {memory['cache_bytes_per_token']} bytes each"
-        )
+        lines.append(f"room for {memory['cache_tokens']} tokens, {memory['cache_bytes_per_token']} bytes each")
     if memory["image_bytes"] is not None:
         lines.append(f"{size_text(memory['image_bytes'])} more for each image of a running request")
     return lines

@@ -39,9 +39,7 @@ def configured(
 
     def resolved(options: Sequence[str]) -> Configuration:
         try:
-            return resolve(
-                model=model, environ=environ, options=options, backend_options=engine_argument_names()
-            )
+            return resolve(model=model, environ=environ, options=options, backend_options=engine_argument_names())
         except OSError as error:
             raise ConfigurationError([unreadable(error)]) from error
 
@@ -56,9 +54,7 @@ def configured(
 def unreadable(error: OSError) -> Problem:
     """Return the problem that describes a file which cannot be read."""
     where = f"{error.filename}: " if error.filename is not None else ""
-    return Problem(
-        f"{where}{error.strerror or error}; let user {os.getuid()} read the model's directory", "model_id"
-    )
+    return Problem(f"{where}{error.strerror or error}; let user {os.getuid()} read the model's directory", "model_id")
 
 
 def as_properties(configuration: Configuration) -> str:

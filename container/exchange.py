@@ -55,9 +55,7 @@ class Exchange:
         self.status = 0
         self.ending: Ending | None = None
 
-    async def run(
-        self, work: Awaitable[Reply], headers: Mapping[str, str], *, longest: float, pause: float
-    ) -> None:
+    async def run(self, work: Awaitable[Reply], headers: Mapping[str, str], *, longest: float, pause: float) -> None:
         """Await a reply and send it; call it once, after the request's body has been read.
 
         Work and reply are cancelled at once when the client leaves or a time limit is exceeded; then this returns with
@@ -107,9 +105,7 @@ class Exchange:
         self._closing = True
         await self._send({"type": "http.response.body", "body": reply.body, "more_body": False})
 
-    async def _send_stream(
-        self, reply: Reply, chunks: AsyncIterator[bytes], headers: Mapping[str, str]
-    ) -> None:
+    async def _send_stream(self, reply: Reply, chunks: AsyncIterator[bytes], headers: Mapping[str, str]) -> None:
         send, clock = self._send, asyncio.get_running_loop().time
         async for chunk in chunks:
             if self.status == 0:

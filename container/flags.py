@@ -138,9 +138,7 @@ class _Reader:
         if (instead := VLLM_WITHOUT.get(name)) is not None:
             return instead
         near = nearest(PREFIX + name, Level.COMMAND_LINE, self._more)
-        hint = (
-            f"did you mean --{near.replace('_', '-')}?" if near else "docs/configuration.md lists all flags"
-        )
+        hint = f"did you mean --{near.replace('_', '-')}?" if near else "docs/configuration.md lists all flags"
         return hint if self._more else f"{hint} (vLLM's own are known where vLLM is installed)"
 
     def _value(self, flag: str, name: str) -> str:

@@ -271,9 +271,7 @@ class _LinkRemover:
         if isinstance(value, list):
             return [self.copied(item) for item in value if self._left > 0]
         if isinstance(value, dict):
-            return {
-                self._text(name[:_SHOWN]): self.copied(item) for name, item in value.items() if self._left > 0
-            }
+            return {self._text(name[:_SHOWN]): self.copied(item) for name, item in value.items() if self._left > 0}
         return value
 
     def _text(self, text: str) -> str:

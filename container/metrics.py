@@ -58,9 +58,9 @@ class Metrics(Observer):
         gauge("lmi_connections", "Open connections of clients.").set_function(
             lambda: self.connections.open if self.connections else 0
         )
-        gauge(
-            "lmi_connections_idle", "Of them those without a request, or with an unfinished head."
-        ).set_function(lambda: len(self.connections.idle) if self.connections else 0)
+        gauge("lmi_connections_idle", "Of them those without a request, or with an unfinished head.").set_function(
+            lambda: len(self.connections.idle) if self.connections else 0
+        )
         self._first_token = histogram(
             "lmi_time_to_first_token_seconds", "From a request's arrival to its first token.", buckets=_TTFT
         )
@@ -72,16 +72,12 @@ class Metrics(Observer):
         self._duration = histogram(
             "lmi_request_duration_seconds", "From a request's arrival to its end.", buckets=_WHOLE
         )
-        self._prompt_tokens = counter(
-            "lmi_prompt_tokens", "Tokens of prompts, placeholders of images included."
-        )
+        self._prompt_tokens = counter("lmi_prompt_tokens", "Tokens of prompts, placeholders of images included.")
         self._cached_tokens = counter("lmi_prompt_tokens_cached", "Prompt tokens found in the prefix cache.")
         self._image_tokens = counter("lmi_image_tokens", "Placeholder tokens of images.")
         self._generation_tokens = counter("lmi_generation_tokens", "Tokens generated.")
         self._images = counter("lmi_images", "Images in requests.")
-        self._finished = counter(
-            "lmi_requests_finished", "Requests ended: stop, length, abort or error.", ["reason"]
-        )
+        self._finished = counter("lmi_requests_finished", "Requests ended: stop, length, abort or error.", ["reason"])
         self._errors = counter("lmi_errors", "Errors answered, by kind.", ["kind"])
         self._http = counter(
             "lmi_http_requests", "Requests by route and status; 499: the client left.", ["route", "status"]

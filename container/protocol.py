@@ -181,11 +181,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         self._parsed += 1
-        if (
-            self._parsed > _MOST_IN_ONE_READ
-            or len(self.pipeline) >= _MOST_PIPELINED
-            or self.transport.is_closing()
-        ):
+        if self._parsed > _MOST_IN_ONE_READ or len(self.pipeline) >= _MOST_PIPELINED or self.transport.is_closing():
             raise ValueError("too many requests at once")
         self._in_head = self._began = True
         self._head_bytes = self._head_read = self._fields = self._hosts = 0
@@ -308,9 +304,7 @@ class Protocol(HttpToolsProtocol):
 
     def _start_keep_alive(self) -> None:
         self._unset_keepalive_if_required()
-        self.timeout_keep_alive_task = self.loop.call_later(
-            self.timeout_keep_alive, self.timeout_keep_alive_handler
-        )
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def _start_timer(self, seconds: float, action: Any) -> None:
         self._stop_timer()

@@ -42,9 +42,7 @@ def requirements_to_install(configuration: Configuration, model_path: Path) -> P
     own = find_code(configuration, model_path)
     if home is None:
         if wanted and (model_path / _FILE).is_file():
-            logger.warning(
-                "%s of a model from the hub is not installed: its author is not the operator", _FILE
-            )
+            logger.warning("%s of a model from the hub is not installed: its author is not the operator", _FILE)
         return None
     places = [home] if own is None else [(own.directory / own.file).parent, home]
     found = next((place / _FILE for place in places if (place / _FILE).is_file()), None)
@@ -109,9 +107,7 @@ def _command(file: Path, target: str, offline: bool) -> list[str]:
 
 def _packages_in(target: str) -> list[str]:
     """Return the directories below a prefix that belong on the path: Debian's Python puts `local` before them."""
-    return [
-        str(path) for lib in ("lib*", "local/lib*") for path in Path(target).glob(f"{lib}/python*/*-packages")
-    ]
+    return [str(path) for lib in ("lib*", "local/lib*") for path in Path(target).glob(f"{lib}/python*/*-packages")]
 
 
 async def _run(command: Sequence[str], directory: Path) -> tuple[int, list[str]]:
@@ -146,7 +142,5 @@ def _reason(lines: Sequence[str], status: int) -> str:
     told = told.partition(" To fix this you could")[0]
     told = told if len(told) <= _MOST_CHARACTERS else f"{told[:_MOST_CHARACTERS]}…"
     if "(constraint)" in told:
-        told += (
-            "; a constraint is the version that the server has itself: an image of your own may hold another"
-        )
+        told += "; a constraint is the version that the server has itself: an image of your own may hold another"
     return told

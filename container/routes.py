@@ -54,9 +54,7 @@ ROUTES = (
         **_HEALTH,
     ),
     _own("/metrics", "metrics", "Metrics for Prometheus", open=True, texts=_METRICS),
-    _own(
-        "/server/metrics", "metrics", "Metrics for Prometheus", template="/metrics", open=True, texts=_METRICS
-    ),
+    _own("/server/metrics", "metrics", "Metrics for Prometheus", template="/metrics", open=True, texts=_METRICS),
     _own("/version", "version", "The version of this server", replies=(Version,)),
     _own("/engine/state", "state", "The requests that run now", replies=(EngineState,)),
     _own("/engine/model", "model", "The model, for the page", replies=(dict[str, Any],), codes=(404,)),

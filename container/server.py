@@ -225,17 +225,13 @@ class Server:
         self.state.reason = "the model is loading"
         served = await in_daemon_thread(lambda: self._build(configuration, directory))
         self._backend = backend = served.backend
-        self._formatters = formatters = await in_daemon_thread(
-            lambda: build_formatters(configuration, directory)
-        )
+        self._formatters = formatters = await in_daemon_thread(lambda: build_formatters(configuration, directory))
         if formatters is not None:
             await formatters.load()
         await backend.load()
         self._images = self.metrics.images = build_images(configuration.settings)
         service = (
-            None
-            if served.service is None
-            else served.service(configuration, self._images, self.metrics, formatters)
+            None if served.service is None else served.service(configuration, self._images, self.metrics, formatters)
         )
         await words
         gc.collect()
@@ -261,9 +257,7 @@ class Server:
         reason = str(failure) if isinstance(failure, EngineLost) else "the model could not be loaded"
         self.state.fail(f"{reason}; the log says why")
 
-    async def _shut_down(
-        self, http: HttpServer, serving: asyncio.Task[None], loading: asyncio.Task[None]
-    ) -> None:
+    async def _shut_down(self, http: HttpServer, serving: asyncio.Task[None], loading: asyncio.Task[None]) -> None:
         """Refuse new requests, finish running ones, and abort the rest, all within drain_timeout."""
         if self.state.phase != "failed":
             self.state.drain()

@@ -120,9 +120,7 @@ class ServerState:
         """Begin to answer requests, or to report which machine does."""
         self.phase, self.reason = "serving", "ready"
         if service is None:
-            self.reason = (
-                "this machine holds a part of the model: requests are answered by the first one (node_rank 0)"
-            )
+            self.reason = "this machine holds a part of the model: requests are answered by the first one (node_rank 0)"
         self.backend, self.service = backend, service
 
     def drain(self) -> None:

@@ -26,9 +26,7 @@ from engine.scheduler import ChunkInput
 logger = logging.getLogger(__name__)
 
 
-def has_graphs(
-    config: EngineConfig, model: FamilyModel, kernel: type[AttentionKernel], device: torch.device
-) -> bool:
+def has_graphs(config: EngineConfig, model: FamilyModel, kernel: type[AttentionKernel], device: torch.device) -> bool:
     """Tell whether decode steps become graphs; if not for the model's or the kernel's sake, the log says so."""
     if device.type != "cuda" or config.enforce_eager:
         return False
@@ -64,9 +62,7 @@ class DecodeGraphs:
         replays: Number of rows -> what computes so many rows of the buffers. Steps that fit into none run eagerly.
     """
 
-    def __init__(
-        self, model: FamilyModel, kernel: AttentionKernel, *, max_num_seqs: int, max_model_len: int
-    ) -> None:
+    def __init__(self, model: FamilyModel, kernel: AttentionKernel, *, max_num_seqs: int, max_model_len: int) -> None:
         """Create the buffers.
 
         Args:
@@ -143,9 +139,7 @@ class DecodeGraphs:
         if self._model.long_rope is not None:
             self._model.long_rope.is_long = is_long
         self._kernel.begin_static(StaticStep(slots, context_lens.int(), tables))
-        return self._model.forward(
-            self._model.embed(token_ids), positions, kernel=self._kernel, tokens=len(token_ids)
-        )
+        return self._model.forward(self._model.embed(token_ids), positions, kernel=self._kernel, tokens=len(token_ids))
 
     def compute_rows(self, rows: int) -> None:
         """Compute so many rows of the buffers."""

@@ -52,9 +52,7 @@ class Engine:
         self.executor = executor
         self.runner = runner = executor.runner
         budget = config.max_num_batched_tokens or (512 if runner.device.type == "cpu" else 8192)
-        self.pool = BlockPool(
-            runner.num_blocks, runner.block_size, prefix_caching=config.enable_prefix_caching
-        )
+        self.pool = BlockPool(runner.num_blocks, runner.block_size, prefix_caching=config.enable_prefix_caching)
         self.scheduler = Scheduler(
             self.pool,
             max_num_seqs=config.max_num_seqs,
@@ -103,9 +101,7 @@ class Engine:
             return _refusal(add, "the prompt holds a token id outside the vocabulary")
         slots = self.runner.image_slots
         if slots is not None and (images := len({image.digest for image in add.images})) > slots:
-            reason = (
-                f"the request has {images} different images; this server's memory holds {slots} at a time"
-            )
+            reason = f"the request has {images} different images; this server's memory holds {slots} at a time"
             return [_invalid(request_id, reason) for request_id in add.choice_ids]
         try:
             sequences = Sequence.from_message(
@@ -331,12 +327,7 @@ class Engine:
         sequence, drafts = chunk.sequence, chunk.drafts
         if not drafts:
             return False
-        if (
-            number < len(drafts)
-            and token_id == drafts[number]
-            and not sequence.finished
-            and sequence.num_computed
-        ):
+        if number < len(drafts) and token_id == drafts[number] and not sequence.finished and sequence.num_computed:
             sequence.num_computed += 1
             self.pool.register(sequence)
             return True
@@ -346,9 +337,7 @@ class Engine:
         self._accepted += number
         return False
 
-    def _sample_and_append(
-        self, sequences: list[Sequence], logits: torch.Tensor, outputs: list[Output]
-    ) -> list[int]:
+    def _sample_and_append(self, sequences: list[Sequence], logits: torch.Tensor, outputs: list[Output]) -> list[int]:
         """Return the token of each sequence; below 0 for one that has failed."""
         self._constrain(sequences)
         sampled = self._sample(sequences, logits)
@@ -367,9 +356,7 @@ class Engine:
                 self._fail(sequence, "the model gave no usable probabilities for this request", outputs)
         return [token_id for _, token_id, _ in sampled]
 
-    def _append(
-        self, sequence: Sequence, token_id: int, logprob: Logprobs | None, outputs: list[Output]
-    ) -> None:
+    def _append(self, sequence: Sequence, token_id: int, logprob: Logprobs | None, outputs: list[Output]) -> None:
         """Append a token to the completion.
 
         If the grammar then allows nothing but the end, the end-of-sequence token follows at once, without
@@ -417,16 +404,12 @@ class Engine:
             for guide in guides:
                 guide.reason = guide.reason or "what the grammar allows could not be computed"
 
-    def _sample(
-        self, sequences: list[Sequence], logits: torch.Tensor
-    ) -> list[tuple[Sequence, int, Logprobs | None]]:
+    def _sample(self, sequences: list[Sequence], logits: torch.Tensor) -> list[tuple[Sequence, int, Logprobs | None]]:
         """Sample all rows together; if that fails, each alone, with a token below INVALID for the sequence at fault."""
         chosen: list[tuple[Sequence, int, Logprobs | None]] = []
         for rows, result in self._together_or_alone(
             list(range(len(sequences))),
-            lambda rows: self.sampler.sample(
-                logits[rows[0] : rows[-1] + 1], [sequences[row].sampling for row in rows]
-            ),
+            lambda rows: self.sampler.sample(logits[rows[0] : rows[-1] + 1], [sequences[row].sampling for row in rows]),
             "sampling",
         ):
             token_ids, logprobs = result or ([INVALID - 1], [None])

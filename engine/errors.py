@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-NO_TOKEN_LEFT = (
-    "the request's limits on tokens (masks, min_tokens, a grammar) together leave no token to choose"
-)
+NO_TOKEN_LEFT = "the request's limits on tokens (masks, min_tokens, a grammar) together leave no token to choose"
 """Message for the client when every token is masked."""
 
 _LONGEST_REASON = 400

@@ -163,9 +163,7 @@ def _spawn(setup: RankSetup) -> Frames:
             pass_fds=(theirs.fileno(),),
             env=child_environment("engine"),
         )
-    threading.Thread(
-        target=_end_with, args=(process, setup.rank), daemon=True, name=f"rank-{setup.rank}"
-    ).start()
+    threading.Thread(target=_end_with, args=(process, setup.rank), daemon=True, name=f"rank-{setup.rank}").start()
     rank = Frames(ours)
     rank.send(msgspec.msgpack.encode(setup))
     return rank

@@ -34,9 +34,7 @@ class _Stack(torch.nn.Module):
         super().__init__()
         self.sizes = [len(layer.weight) for layer in layers]
         first = layers[0]
-        self.linear = torch.nn.Linear(
-            first.in_features, sum(self.sizes), first.bias is not None, device="meta"
-        )
+        self.linear = torch.nn.Linear(first.in_features, sum(self.sizes), first.bias is not None, device="meta")
         for name in ("weight", "bias") if first.bias is not None else ("weight",):
             parts = [getattr(layer, name).detach() for layer in layers]
             setattr(self.linear, name, torch.nn.Parameter(torch.cat(parts), requires_grad=False))

@@ -140,9 +140,7 @@ def resolve_dtype(config: PretrainedConfig, name: str, device_type: str, *, bflo
         why = "the model is stored in float32; as with vLLM it uses a 16-bit type here; option.dtype=float32 keeps it"
         return Precision(half, why, lossy=True)
     if device_type == "cuda" and dtype == torch.bfloat16 and not bfloat16:
-        return Precision(
-            half, "the model is stored in bfloat16, in which this accelerator does not compute", True
-        )
+        return Precision(half, "the model is stored in bfloat16, in which this accelerator does not compute", True)
     return Precision(dtype, "as the model is stored")
 
 

@@ -89,15 +89,11 @@ def cache_blocks(
             "(kv_cache_memory_mb, gpu_memory_utilization)"
         )
     if capacity < wanted:
-        logger.warning(
-            "max_model_len lowered from %d to %d: the key/value cache holds no more", wanted, capacity
-        )
+        logger.warning("max_model_len lowered from %d to %d: the key/value cache holds no more", wanted, capacity)
     return min(wanted, capacity), num_blocks
 
 
-def encoder_budget(
-    config: EngineConfig, device: torch.device, image_bytes: int, *, graphs: bool = False
-) -> int:
+def encoder_budget(config: EngineConfig, device: torch.device, image_bytes: int, *, graphs: bool = False) -> int:
     """Return the bytes for encoder outputs.
 
     Args:

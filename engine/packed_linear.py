@@ -155,9 +155,7 @@ def _greatest_weight() -> int:
     return 127 if product.item() == 127 * 127 * 64 else 64
 
 
-def _int8_product(
-    rows: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor
-) -> torch.Tensor:
+def _int8_product(rows: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
     """Multiply rows [T, in_features], in which 128 is zero, by packed weights; the result is in float32."""
     product: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
         rows, 1.0, 128, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""

@@ -162,9 +162,7 @@ def use_cores(runner: ModelRunner, config: EngineConfig) -> None:
         runner.threads.count = threads
 
 
-def _take(
-    inbox: queue.SimpleQueue[ToEngine | Built | None], *, block: bool
-) -> Iterator[ToEngine | Built | None]:
+def _take(inbox: queue.SimpleQueue[ToEngine | Built | None], *, block: bool) -> Iterator[ToEngine | Built | None]:
     """Yield waiting messages, at most MESSAGES_PER_STEP; at least one if `block`."""
     for _ in range(MESSAGES_PER_STEP):
         try:

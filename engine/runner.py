@@ -221,9 +221,7 @@ class ModelRunner:
         num_decodes = len(singles)
         token_ids[:num_decodes] = [chunk.token_ids[0] for chunk in singles]
         positions[:, :num_decodes] = [chunk.start + chunk.position_delta for chunk in singles]
-        slots[:num_decodes] = [
-            chunk.block_table[chunk.start // size] * size + chunk.start % size for chunk in singles
-        ]
+        slots[:num_decodes] = [chunk.block_table[chunk.start // size] * size + chunk.start % size for chunk in singles]
         for chunk, at in zip(chunks[num_decodes:], starts[num_decodes:], strict=False):
             span = slice(at, at + chunk.length)
             place = np.arange(chunk.start, chunk.stop)

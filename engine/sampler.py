@@ -24,9 +24,7 @@ from engine.warping import SMALLEST_TEMPERATURE, keep_likeliest, keep_typical, s
 INVALID = -1
 """Token of a row that has none, because its best score is NaN or infinite."""
 
-_AMOUNTS = np.where(
-    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0.0, -np.inf
-)
+_AMOUNTS = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0.0, -np.inf)
 _AMOUNTS = _AMOUNTS.astype(np.float32)
 """For each byte of a mask, 0 for the bits that are set and -inf for the others. Bit 0 comes first."""
 
@@ -40,9 +38,7 @@ class Sampler:
         self._vocab_size = vocab_size
         self._device = device
 
-    def sample(
-        self, logits: Tensor, states: Sequence[SamplingState]
-    ) -> tuple[list[int], list[Logprobs | None]]:
+    def sample(self, logits: Tensor, states: Sequence[SamplingState]) -> tuple[list[int], list[Logprobs | None]]:
         """Choose the next token of each row, and compute log probabilities where they are asked for.
 
         Args:
@@ -174,9 +170,7 @@ class Sampler:
     def _draw_warped(self, logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
         """Tokens [S] int64 drawn after the samplers of `engine.warping`."""
         warpings = [state.warping for state in states if state.warping is not None]
-        host = [
-            (*w.values(len(s.output_token_ids)), s.uniform) for w, s in zip(warpings, states, strict=True)
-        ]
+        host = [(*w.values(len(s.output_token_ids)), s.uniform) for w, s in zip(warpings, states, strict=True)]
         parameters = self._send(torch.tensor(host, dtype=torch.float64))
         mass = warp(self._edit(logits, states), warpings, parameters[:, :-1])
         tokens = pick(mass, parameters[:, -1:])
@@ -301,9 +295,7 @@ class LogitsEdits:
         known = (ids >= 0) & (ids < vocab_size)
         if not known.all():
             where, values = where[known], values[known]
-        on_device = [
-            torch.from_numpy(array).to(scores.device, non_blocking=True) for array in (where, values)
-        ]
+        on_device = [torch.from_numpy(array).to(scores.device, non_blocking=True) for array in (where, values)]
         return scores.view(-1), on_device[0], on_device[1]
 
 

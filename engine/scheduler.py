@@ -200,9 +200,7 @@ class Scheduler:
         missing = self.pool.missing(sequence, num_tokens)
         return missing + reserve <= self.pool.num_free or (reserve == 0 and missing <= self.pool.num_free)
 
-    def _allocate(
-        self, sequence: Sequence, num_tokens: int, chunks: list[Chunk], preempted: set[int]
-    ) -> bool:
+    def _allocate(self, sequence: Sequence, num_tokens: int, chunks: list[Chunk], preempted: set[int]) -> bool:
         """Allocate for `sequence`, preempting from the last rank up; False if it was preempted itself."""
         while not self.pool.allocate(sequence, num_tokens):
             victim = max(self.running, key=lambda s: s.rank)
@@ -337,9 +335,7 @@ class ChunkInput(msgspec.Struct, array_like=True):
             block_table=sequence.block_table,
             samples=1 + len(chunk.drafts) if chunk.samples else 0,
             prompt_logits=sequence.prompt_logprobs is not None and start < sequence.num_prompt_tokens,
-            images=[
-                ImagePlace(p.digest, p.offset, p.length, p.is_embed) for p in sequence.images_for(start, stop)
-            ]
+            images=[ImagePlace(p.digest, p.offset, p.length, p.is_embed) for p in sequence.images_for(start, stop)]
             if sequence.images
             else [],
             spans=sequence.spans_within(start, stop) if sequence.spans else [],

@@ -110,8 +110,6 @@ def _cut_fused(parent: Any, module: torch.nn.Linear, ranks: Ranks) -> None:
     module.weight = torch.nn.Parameter(torch.cat(parts), requires_grad=False)
 
 
-def _sum_over_ranks(
-    module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
-) -> torch.Tensor:
+def _sum_over_ranks(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
     dist.all_reduce(output)
     return output

@@ -297,9 +297,7 @@ def _lowest_kept(mass: Tensor, top_k: Tensor, top_p: Tensor, width: int) -> Tens
     limited = top_k < vocab_size
     kth = torch.where(limited, likeliest.gather(-1, (top_k - 1).clamp_max(width - 1)), 0.0)
     kept = torch.where(likeliest >= kth, likeliest, 0.0).double()
-    everything = torch.where(
-        limited, kept.sum(-1, keepdim=True), mass.sum(-1, keepdim=True, dtype=kept.dtype)
-    )
+    everything = torch.where(limited, kept.sum(-1, keepdim=True), mass.sum(-1, keepdim=True, dtype=kept.dtype))
     before = kept.cumsum(-1) - kept
     count = (before < top_p * everything).sum(-1, keepdim=True)
     lowest = torch.where(top_p < 1.0, likeliest.gather(-1, (count - 1).clamp_min(0)), 0.0)

@@ -52,9 +52,7 @@ class Lmi:
         )
         reply = await self._client.send(passed, stream=True)
         told = {name: value for name, value in reply.headers.items() if name not in _OF_A_CONNECTION}
-        return StreamingResponse(
-            reply.aiter_raw(), reply.status_code, told, background=BackgroundTask(reply.aclose)
-        )
+        return StreamingResponse(reply.aiter_raw(), reply.status_code, told, background=BackgroundTask(reply.aclose))
 
     async def check_health(self) -> None:
         if not await self._ready():

@@ -107,9 +107,7 @@ def parser_problems(configuration: Configuration, backend: Backend | None = None
     return problems
 
 
-def _parser_problem(
-    name: str | None, ours: Sequence[str], theirs: Sequence[str], usable: Set[str]
-) -> str | None:
+def _parser_problem(name: str | None, ours: Sequence[str], theirs: Sequence[str], usable: Set[str]) -> str | None:
     """theirs: vLLM's parsers. usable: those of them that the backend can use."""
     vllms = of_vllm(name, ours)
     if name is None or vllms is None:

@@ -91,9 +91,7 @@ class Pipeline:
         self._engine = engine
         self._model = model
         self._token_texts = TokenTexts(model.tokenizer)
-        self._compiler = (
-            None if model.vocabulary is None else GrammarCompiler(model.vocabulary, compile_seconds)
-        )
+        self._compiler = None if model.vocabulary is None else GrammarCompiler(model.vocabulary, compile_seconds)
         self._closed = False
         self.capabilities: Capabilities = dataclasses.replace(
             engine.capabilities,
@@ -128,9 +126,7 @@ class Pipeline:
             token_ids = checked_tokens(request, token_ids, longest, model.vocab_size)
         # A request that is refused in any case is refused before its images cost anything. Whether the prompt is too
         # long together with its images is checked once their length is known.
-        params = checked_sampling(
-            request, len(token_ids), longest, model.vocab_size, images_follow=bool(parts)
-        )
+        params = checked_sampling(request, len(token_ids), longest, model.vocab_size, images_follow=bool(parts))
         params = await self._tokenise_words(params)
         # Greedy choices are identical, so a single one is generated for all of them.
         copies = request.n if params.greedy else 1
@@ -225,9 +221,7 @@ class Pipeline:
         short = request.text_bytes <= LONG_PROMPT_BYTES and (
             isinstance(prompt, TextPrompt) or len(prompt.messages) <= MANY_MESSAGES
         )
-        return (
-            renderer.render(prompt) if trusted and short else await self._in_thread(renderer.render, prompt)
-        )
+        return renderer.render(prompt) if trusted and short else await self._in_thread(renderer.render, prompt)
 
     async def _tokenise_words(self, params: RequestSampling) -> RequestSampling:
         model = self._model
@@ -333,9 +327,7 @@ class Generation:
 
     def _position(self, entry: Logprobs) -> PositionLogprobs:
         chosen, *top = (
-            TokenLogprob(
-                token, self._token_text(token), logprob if logprob > LOWEST_LOGPROB else LOWEST_LOGPROB, rank
-            )
+            TokenLogprob(token, self._token_text(token), logprob if logprob > LOWEST_LOGPROB else LOWEST_LOGPROB, rank)
             for token, logprob, rank in zip(entry.token_ids, entry.logprobs, entry.ranks, strict=True)
         )
         return PositionLogprobs(chosen, tuple(top))
@@ -357,9 +349,7 @@ def texts_of(
     return [token_texts.detokenizer(params, prime=prime, new_text=new_text) for _ in range(count)]
 
 
-def _tokenized(
-    rendered: RenderedPrompt, model: PromptModel, placed: Sequence[Sequence[int]]
-) -> TokenizedPrompt:
+def _tokenized(rendered: RenderedPrompt, model: PromptModel, placed: Sequence[Sequence[int]]) -> TokenizedPrompt:
     """Describe the tokens of a prompt. CPU-bound.
 
     Args:
@@ -417,9 +407,7 @@ def require_known(request: GenerationRequest, vocab_size: int, image_token_id: i
         )
 
 
-def checked_tokens(
-    request: GenerationRequest, token_ids: list[int], max_model_len: int, vocab_size: int
-) -> list[int]:
+def checked_tokens(request: GenerationRequest, token_ids: list[int], max_model_len: int, vocab_size: int) -> list[int]:
     """Return the tokens of a prompt without images, truncated as the request says. Raises as `require_known`.
 
     `checked_sampling`, which counts the tokens, refuses whatever is longer than the context.

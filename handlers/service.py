@@ -204,9 +204,7 @@ class Service:
             return read_body(*given)
         return await asyncio.get_running_loop().run_in_executor(_PARSER, read_body, *given)
 
-    async def _answer(
-        self, body: dict[str, Any], incoming: Incoming, facts: RequestFacts, long: bool
-    ) -> Reply:
+    async def _answer(self, body: dict[str, Any], incoming: Incoming, facts: RequestFacts, long: bool) -> Reply:
         for gate in self._gates:
             if incoming.route not in gate.routes and gate.header not in incoming.headers:
                 continue
@@ -286,9 +284,7 @@ class Service:
         formatters = self._formatters if self._formatters is not None and self._formatters.writes else None
         deadline = facts.arrival + self.settings.predict_timeout
         facts.stream = task.requests[0].stream
-        generating = GenerationTask(
-            task, permit, self.pipeline, self.images, facts, self._observer, deadline, keep
-        )
+        generating = GenerationTask(task, permit, self.pipeline, self.images, facts, self._observer, deadline, keep)
         stream: ReplyStream | None = None
         try:
             async with generating.time_limit():
@@ -394,9 +390,7 @@ async def _in_thread_if(long: bool, work: Callable[..., T], *given: Any) -> T:
     return await asyncio.to_thread(work, *given) if long else work(*given)
 
 
-def _timing_headers(
-    requests: Sequence[GenerationRequest], compute_type: str, facts: RequestFacts
-) -> dict[str, str]:
+def _timing_headers(requests: Sequence[GenerationRequest], compute_type: str, facts: RequestFacts) -> dict[str, str]:
     """Return TGI's headers of counts and times, which are whole milliseconds; only `x-compute-time` is in seconds.
 
     Validation ends when the engine has the prompt, and inference begins with its first step. A stream's headers are

@@ -42,9 +42,7 @@ class Guard:
         try:
             if child is None or child.has_ended():
                 await self.close()
-                child = self._child = await Child.start(
-                    "processes.guard", "plain", Log(logger, logging.WARNING)
-                )
+                child = self._child = await Child.start("processes.guard", "plain", Log(logger, logging.WARNING))
             child.send(json.dumps(pids).encode())
             self._told = pids
         except OSError as error:

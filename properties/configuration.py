@@ -345,9 +345,7 @@ def _model_from_place(
     if above is None:
         return [RawValue(Level.DEFAULT, _MODEL_KEY, str(home), str(home))]
     if (home / "config.json").is_file() and Path(above.raw.strip()) != home:
-        report.warn(
-            f"the model in {home} is not served: {above.location} names {above.raw.strip()}", "model_id"
-        )
+        report.warn(f"the model in {home} is not served: {above.location} names {above.raw.strip()}", "model_id")
     return []
 
 
@@ -397,9 +395,7 @@ def _locate(result: Resolution, home: Path | None) -> ModelLocation | None:
     try:
         location = locate(settings.model_id, settings.revision, home)
     except ValueError as error:
-        result.problem(
-            f"{assigned(_MODEL_KEY, repr(settings.model_id), source.location)}: {error}", "model_id"
-        )
+        result.problem(f"{assigned(_MODEL_KEY, repr(settings.model_id), source.location)}: {error}", "model_id")
         return None
     custom = settings.entry_point is not None
     if location.kind == "directory" and not custom and not holds_model(Path(location.value)):
@@ -424,21 +420,14 @@ def _check_together(result: Resolution, home: Path | None) -> None:
     if low is not None and high is not None and low > high:
         result.problem(f"{written('min_workers')} is more than {written('max_workers')}", "min_workers")
     if settings.enable_auto_tool_choice and settings.tool_call_parser is None:
-        result.problem(
-            f"{written('enable_auto_tool_choice')} needs option.tool_call_parser", "enable_auto_tool_choice"
-        )
+        result.problem(f"{written('enable_auto_tool_choice')} needs option.tool_call_parser", "enable_auto_tool_choice")
     entry = settings.entry_point
     if entry is not None and home is not None and not os.path.isfile(home / entry):
         lmis = f"{PACKAGE}.{entry.removesuffix('.py')}"
         meant = f"; LMI's own handler is written {lmis}" if handler_named(lmis) else ""
         result.problem(f"{written('entry_point')}: no such file in {home}{meant}", "entry_point")
     template = settings.chat_template
-    if (
-        template is not None
-        and "{" not in template
-        and "\n" not in template
-        and not _NAME.fullmatch(template)
-    ):
+    if template is not None and "{" not in template and "\n" not in template and not _NAME.fullmatch(template):
         path = os.path.join(home or "", template)
         if (home is not None or os.path.isabs(path)) and not os.path.isfile(path):
             result.problem(f"{written('chat_template')}: no such file, and no template text", "chat_template")
@@ -463,18 +452,12 @@ def _not_obeyed(result: Resolution, location: ModelLocation | None, home: Path |
         reasons["limit_mm_per_prompt"] = f"allows {' and '.join(asked)}, which is not served: only images are"
     others = sorted(set(settings.media_io_kwargs or {}) - {"image"})
     if others:
-        reasons["media_io_kwargs"] = (
-            f"says how to read {' and '.join(others)}, which is not served: only images are"
-        )
+        reasons["media_io_kwargs"] = f"says how to read {' and '.join(others)}, which is not served: only images are"
     if location is not None and location.kind != "hub":
         reasons["revision"] = "has no effect: only models of the hub have revisions"
     if location is not None and location.kind != "s3":
         reasons["download_dir"] = "has no effect: only models from s3:// are kept there"
     unseen = location is None or (location.kind == "s3" and home is None)
-    if (
-        settings.entry_point is None
-        and not unseen
-        and not (home and any((home / name).is_file() for name in SCRIPTS))
-    ):
+    if settings.entry_point is None and not unseen and not (home and any((home / name).is_file() for name in SCRIPTS)):
         reasons["handler"] = "has no effect: the model has no model.py, and no entry point is named"
     return _warnings(settings, sources, reasons)

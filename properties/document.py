@@ -33,9 +33,7 @@ def example() -> str:
         for name, field, option in options(topic):
             about = f"{option.meaning} Allowed: {_allowed(name, option)}."
             if option.backends != BOTH:
-                about += (
-                    f" Only with {', '.join(option.backends)}." if option.backends else " Without effect yet."
-                )
+                about += f" Only with {', '.join(option.backends)}." if option.backends else " Without effect yet."
             lines += textwrap.wrap(about, 108, initial_indent="# ", subsequent_indent="# ")
             lines += [f"#{key_of(name)}={_default(field)}", ""]
     return "\n".join(lines)

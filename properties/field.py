@@ -211,9 +211,7 @@ def _media(value: object) -> object:
         return value
     value = {str(modality).lower(): options for modality, options in value.items()}
     for modality, options in value.items():
-        if not isinstance(options, dict) or (
-            modality == "image" and options.keys() - {"rgba_background_color"}
-        ):
+        if not isinstance(options, dict) or (modality == "image" and options.keys() - {"rgba_background_color"}):
             raise ValueError("only image.rgba_background_color is known")
         color = options.get("rgba_background_color", [255, 255, 255])
         whole = isinstance(color, list) and all(type(part) is int and 0 <= part <= 255 for part in color)
@@ -230,9 +228,7 @@ def _one_of(spellings: dict[str, str]) -> Callable[[object], object]:
 
 
 _SUFFIXES = {
-    letter: base**power
-    for letters, base in (("kmgt", 1000), ("KMGT", 1024))
-    for power, letter in enumerate(letters, 1)
+    letter: base**power for letters, base in (("kmgt", 1000), ("KMGT", 1024)) for power, letter in enumerate(letters, 1)
 }
 
 
@@ -341,9 +337,7 @@ Engine = Annotated[Literal["Python"], BeforeValidator(_engine)]
 Task = Annotated[
     Literal["auto", "generate", "text-generation"],
     BeforeValidator(_task),
-    BeforeValidator(
-        _one_of(dict.fromkeys((*_PIPELINES, "text2text-generation", "conversational"), "generate"))
-    ),
+    BeforeValidator(_one_of(dict.fromkeys((*_PIPELINES, "text2text-generation", "conversational"), "generate"))),
     Allowed(f"auto, generate, text-generation and what means the same: {', '.join(_PIPELINES)}"),
 ]
 Limits = Annotated[

@@ -66,9 +66,7 @@ _IGNORED_OPTIONS = {
     "write option.hf_overrides: without it the model runs as its config.json says": (
         "rope_scaling rope_theta rotary_base rotary_dim rotary_scaling_type rotary_scaling_factor"
     ),
-    "there is no Hugging Face Accelerate backend": (
-        "device_map low_cpu_mem_usage disable_flash_attn is_peft_model"
-    ),
+    "there is no Hugging Face Accelerate backend": ("device_map low_cpu_mem_usage disable_flash_attn is_peft_model"),
     "prompts join the batch at the next step": "waiting_steps",
     "adapters are looked for in adapters/ beside the model": "adapters",
     "replies have no limit of bytes; a request limits its answer with max_tokens": "max_output_size",
@@ -146,8 +144,7 @@ _IGNORED_KEYS = {
         "error_rate_any"
     ),
     "each error has a fixed status code": (
-        "bad_request_http_code wlm_error_http_code throttle_error_http_code server_error_http_code "
-        "timeout_http_code"
+        "bad_request_http_code wlm_error_http_code throttle_error_http_code server_error_http_code timeout_http_code"
     ),
     "there is one port for everything": "management_address cluster_address",
     "pages of cors_allowed_origin may use every method and header that the server has": (
@@ -320,9 +317,7 @@ def _built_in(meaning: Meaning, report: Report) -> LmiHandler | None:
     module = handler_named(written.raw)
     if module is None:
         known = ", ".join(f"{PACKAGE}.{name}" for name, one in HANDLERS.items() if not one.refused)
-        report.problem(
-            f"{described}: not a handler of LMI's; allowed: a Python file, or {known}", "entry_point"
-        )
+        report.problem(f"{described}: not a handler of LMI's; allowed: a Python file, or {known}", "entry_point")
     elif module.refused:
         report.problem(f"{described}: {module.note}", "entry_point")
     else:

@@ -78,9 +78,7 @@ def find_home(model: str | None, named: str | None, store: Path) -> Path | None:
     if named is None and all(entry.is_dir() for entry in entries):
         if len(entries) > 1:
             names = ", ".join(sorted(entry.name for entry in entries))
-            raise ValueError(
-                f"{store} holds several models ({names}); name one as MODEL, or set multi_model=true"
-            )
+            raise ValueError(f"{store} holds several models ({names}); name one as MODEL, or set multi_model=true")
         return entries[0]
     return store
 

@@ -38,9 +38,7 @@ class Resolution(Report):
     vllm_asked_by: str | None = None
 
 
-def resolve_values(
-    written: Iterable[RawValue], report: Report, backend_options: Collection[str] = ()
-) -> Resolution:
+def resolve_values(written: Iterable[RawValue], report: Report, backend_options: Collection[str] = ()) -> Resolution:
     """Choose, convert and check. Nothing is raised: every problem is collected, after those of the report."""
     result = Resolution([*report.problems], [*report.warnings])
     candidates: dict[str, list[RawValue]] = defaultdict(list)
@@ -192,8 +190,7 @@ def _validate(meaning: Meaning, result: Resolution) -> None:
     result.sources = {
         name: _source(name, item)
         for name, item in chosen.items()
-        if name in bad
-        or getattr(result.settings, name) is not None  # None: a word that means as if not written
+        if name in bad or getattr(result.settings, name) is not None  # None: a word that means as if not written
     }
 
 
@@ -203,9 +200,7 @@ def _bad_value(name: str, item: RawValue, detail: str) -> str:
     return f"{written}: {detail}allowed: {allowed(name)}{hint}"
 
 
-def _report_unknown(
-    unknown: Sequence[RawValue], result: Resolution, backend_options: Collection[str]
-) -> None:
+def _report_unknown(unknown: Sequence[RawValue], result: Resolution, backend_options: Collection[str]) -> None:
     """Report each as a warning, or as a problem with strict_options. The value is not shown: it may be a secret."""
     for item in unknown:
         if not (item.key.startswith(PREFIX) and item.key.removeprefix(PREFIX) in backend_options):

@@ -63,9 +63,7 @@ class SecureMode:
         if not self.controls:
             return
         for name, source in extra.items():
-            yield Problem(
-                f"option.{name} ({source.location}) is forbidden by {SECURE_MODE}: it is not known", name
-            )
+            yield Problem(f"option.{name} ({source.location}) is forbidden by {SECURE_MODE}: it is not known", name)
         drafts_alone = set(settings.speculative_config or ()) <= _DRAFTING
         forbidden = (
             (None, "speculative_config", not drafts_alone),
@@ -105,9 +103,7 @@ class SecureMode:
         for folder, _, names in os.walk(directory):
             count += len(names)
             if count > _MOST_FILES:
-                yield Problem(
-                    f"{directory} has more than {_MOST_FILES} files: {SECURE_MODE} cannot check them"
-                )
+                yield Problem(f"{directory} has more than {_MOST_FILES} files: {SECURE_MODE} cannot check them")
                 return
             for name in sorted(names):
                 path = Path(folder, name)

@@ -137,9 +137,7 @@ class ModelSettings(BaseModel):
         default="handle",
         variables=(Variable(STANDARD_HANDLER, Level.CONTAINER, lambda text: _standard_handler(text)[1]),),
     )
-    download_dir: str | None = server_key(
-        "Where models from s3:// are kept. Default: below the temporary directory."
-    )
+    download_dir: str | None = server_key("Where models from s3:// are kept. Default: below the temporary directory.")
     offline: bool = option(
         "Never contact the hub: use what is on this machine.",
         default=False,
@@ -257,9 +255,7 @@ class EngineSettings(BaseModel):
     block_size: Positive | None = option(
         "Tokens per block of the key/value cache. Default: chosen by the backend.", unit="tokens"
     )
-    kv_cache_dtype: Word = option(
-        "Type of the key/value cache, e.g. auto, fp8.", default="auto", backends=VLLM
-    )
+    kv_cache_dtype: Word = option("Type of the key/value cache, e.g. auto, fp8.", default="auto", backends=VLLM)
     enable_prefix_caching: bool = option(
         "Reuse the key/value cache of a prompt's beginning if it has been computed before.", default=True
     )
@@ -317,9 +313,7 @@ class VisionSettings(BaseModel):
         "Hosts, addresses and networks from which images may be fetched even if private, loopback or link-local.",
         default=[],
     )
-    max_image_bytes: Positive = option(
-        "Largest image file, fetched or inline.", default=20 * 2**20, unit="bytes"
-    )
+    max_image_bytes: Positive = option("Largest image file, fetched or inline.", default=20 * 2**20, unit="bytes")
     max_image_pixels: Positive = option(
         "Largest image, width times height, checked before it is decoded.",
         default=89_478_485,
@@ -391,9 +385,7 @@ class ChatSettings(BaseModel):
             Variable("PREDICT_TIMEOUT"),
         ),
     )
-    request_priorities: bool = option(
-        "Allow requests to set their `priority`; otherwise it is ignored.", default=False
-    )
+    request_priorities: bool = option("Allow requests to set their `priority`; otherwise it is ignored.", default=False)
     output_formatter: OutputFormat | None = option(
         "Format of replies of the LMI schema (json, jsonlines, sse) or of chat on LMI's routes (json_chat, "
         "jsonlines_chat, sse_chat); with the last two of each, replies are streamed unless the client declines. "

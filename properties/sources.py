@@ -257,6 +257,4 @@ def _written(variable: str, key: str, text: str) -> Iterator[RawValue]:
     name = KEYS.get(key)
     switch = name is None or Settings.model_fields[name].annotation is bool
     if text.strip() and (switch or text.strip().lower() != "false"):
-        yield RawValue(
-            Level.CONTAINER, key, text if name and OPTIONS[name].verbatim else text.strip(), variable
-        )
+        yield RawValue(Level.CONTAINER, key, text if name and OPTIONS[name].verbatim else text.strip(), variable)

@@ -70,9 +70,7 @@ class ModelClient:
         Raises:
             Unavailable: The server is gone.
         """
-        path = incoming.route.replace("{model}", LMI_NAME).replace(
-            "{adapter}", quote(incoming.adapter, safe="")
-        )
+        path = incoming.route.replace("{model}", LMI_NAME).replace("{adapter}", quote(incoming.adapter, safe=""))
         query = {name: value for name, value in incoming.query.items() if name != "model_name"}
         headers = {name: value for name, value in incoming.headers.items() if name not in _NOT_SENT}
         headers |= {
@@ -88,9 +86,7 @@ class ModelClient:
         )
         try:
             response = await self._pool.handle_async_request(request)
-            received = {
-                name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers
-            }
+            received = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers}
             reply = Reply(
                 response.status,
                 received.get("content-type", JSON),

@@ -177,9 +177,7 @@ class Model:
     async def _served(self, needs: Prepared) -> Child:
         """Start its server and return it once the model can answer. Raises ServingError."""
         settings = self._settings
-        order = Start(
-            self.name, needs.directory, self._socket, self._options, settings.log_format, settings.log_level
-        )
+        order = Start(self.name, needs.directory, self._socket, self._options, settings.log_format, settings.log_level)
         answer, child = await self._asked("container.models.serve", order, _OUTPUT)
         if isinstance(answer, Failure):
             await child.stop(_STOP_SECONDS)
@@ -201,9 +199,7 @@ class Model:
         with suppress(EOFError):
             await child.receive()  # It sends nothing more; this raises when it ends.
         code = await child.wait()
-        logger.error(
-            "the server of model %s ended with code %d; its next request starts it again", self.name, code
-        )
+        logger.error("the server of model %s ended with code %d; its next request starts it again", self.name, code)
         self._watching = None
         await self._stop()
 
@@ -237,9 +233,7 @@ class Model:
             async with self._changing:
                 if self._calls == 0 and self._client is not None:
                     await self._stop()
-                    logger.info(
-                        "model %s had no requests; its processes were ended until the next one", self.name
-                    )
+                    logger.info("model %s had no requests; its processes were ended until the next one", self.name)
 
         self._idling = asyncio.create_task(stop(), name=f"stop idle {self.name}")
 
@@ -248,9 +242,7 @@ class Model:
         message = failure.message
         for path in paths:
             message = message.replace(str(path), self.url)
-        kind = {400: InvalidRequest, 404: NotFound, 507: InsufficientStorage}.get(
-            failure.status, ServingError
-        )
+        kind = {400: InvalidRequest, 404: NotFound, 507: InsufficientStorage}.get(failure.status, ServingError)
         return kind(message)
 
 
@@ -269,9 +261,7 @@ async def _asked(module: str, question: Prepare | Start, log: Log) -> tuple[Answ
     except EOFError as error:
         code = await child.wait()
         if code == _KILLED:
-            raise InsufficientStorage(
-                "there was not enough memory: the system killed the model's process"
-            ) from error
+            raise InsufficientStorage("there was not enough memory: the system killed the model's process") from error
         raise ServingError(f"the model's process ended with code {code}; the log says why") from error
     except BaseException:
         child.kill()

@@ -50,9 +50,7 @@ _METRICS_SECONDS = 2.0
 _OF_EACH = {"multi_model": "false", "page": "false", "drain_timeout": "1"}
 """Options of the models' servers. Requests are drained before one of them is told to end."""
 
-_OF_THE_CONTAINER = frozenset(
-    {"host", "port", "api_key", "cors_allowed_origin", "cors_allow_origin", *_OF_EACH}
-)
+_OF_THE_CONTAINER = frozenset({"host", "port", "api_key", "cors_allowed_origin", "cors_allow_origin", *_OF_EACH})
 """Options of the command line that are not passed on to the models' servers."""
 
 
@@ -158,9 +156,7 @@ class Models:
         self._closing = True
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(
-            *self._tasks, *(model.close() for model in self._models.values()), return_exceptions=True
-        )
+        await asyncio.gather(*self._tasks, *(model.close() for model in self._models.values()), return_exceptions=True)
         if self._place is not None:
             for place in (self._place, self._sockets):
                 await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)
@@ -240,9 +236,7 @@ class Models:
         try:
             there = path.exists()
         except OSError as error:  # a directory above it that this user may not enter
-            raise InvalidRequest(
-                f"url: {error.strerror}; let user {os.getuid()} read it", param="url"
-            ) from None
+            raise InvalidRequest(f"url: {error.strerror}; let user {os.getuid()} read it", param="url") from None
         if not there:
             raise NotFound("url: there is no such directory or archive", param="url")
         if not path.is_dir() and not path.name.endswith(SUFFIXES):
@@ -261,9 +255,7 @@ class Models:
             raise stopping()
         place = Path(tempfile.mkdtemp(dir=self._place))
         socket = os.path.join(self._sockets, place.name)
-        model = self._models[name] = Model(
-            name, url, place, socket, self._options, self._settings, self._admit
-        )
+        model = self._models[name] = Model(name, url, place, socket, self._options, self._settings, self._admit)
         try:
             await model.load(source, self._preparing)
         except BaseException as error:

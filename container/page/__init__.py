@@ -24,8 +24,7 @@ _FILES = frozenset(path.name for path in _HERE.iterdir() if path.suffix in _TYPE
 
 _INSTALLED = Path(sys.prefix) / "share/doc/lmi-handler"
 _DOCS = {
-    path.name: path
-    for path in sorted((_INSTALLED if _INSTALLED.is_dir() else _HERE.parents[1] / "docs").glob("*.md"))
+    path.name: path for path in sorted((_INSTALLED if _INSTALLED.is_dir() else _HERE.parents[1] / "docs").glob("*.md"))
 }
 """The documentation, where pip installs it or in a checkout."""
 
@@ -139,11 +138,7 @@ def _examples(directory: Path) -> list[tuple[str, Path]]:
         return []
     found = []
     for item in listed[:_MOST_EXAMPLES] if isinstance(listed, list) else []:
-        if (
-            isinstance(item, Mapping)
-            and isinstance(item.get("question"), str)
-            and isinstance(item.get("image"), str)
-        ):
+        if isinstance(item, Mapping) and isinstance(item.get("question"), str) and isinstance(item.get("image"), str):
             with suppress(OSError, ValueError):  # of names that no file can have
                 path = (directory / item["image"]).resolve()
                 if path.is_relative_to(directory.resolve()) and path.suffix in _IMAGES and path.is_file():

@@ -105,9 +105,7 @@ class GatherKernel(AttentionKernel):
         width = step.block_tables.shape[1]
         longest = width * self.shape.block_size
         self._slots, self._chunks = step.slots, []
-        self._groups = [
-            DecodeGroup(None, step.block_tables.flatten(), step.context_lens, 1, longest, width, {})
-        ]
+        self._groups = [DecodeGroup(None, step.block_tables.flatten(), step.context_lens, 1, longest, width, {})]
 
     def attend(
         self,
@@ -130,9 +128,7 @@ class GatherKernel(AttentionKernel):
         assert step is not None, "begin() was not called"
         out = torch.empty_like(query)
         if step.num_decodes:
-            out[: step.num_decodes] = self._attend_decodes(
-                layer, query[: step.num_decodes], scale, window, softcap
-            )
+            out[: step.num_decodes] = self._attend_decodes(layer, query[: step.num_decodes], scale, window, softcap)
         for chunk in self._chunks:
             span = slice(chunk.start, chunk.stop)
             out[span] = self._attend_chunk(
@@ -174,9 +170,7 @@ class GatherKernel(AttentionKernel):
         count, heads, dim = query.shape
         kv_heads = self.shape.kv_heads
         batch = kv_heads * count
-        keys, values = (
-            self._gather(cache, group.blocks).view(batch, -1, dim) for cache in self._layers[layer][:2]
-        )
+        keys, values = (self._gather(cache, group.blocks).view(batch, -1, dim) for cache in self._layers[layer][:2])
         grouped = query.view(count, kv_heads, heads // kv_heads, dim).transpose(0, 1)
         # A power of two is taken out of the scale beforehand, which is exact and keeps float16 scores finite.
         power = 2.0 ** math.floor(math.log2(scale))
@@ -226,9 +220,7 @@ class GatherKernel(AttentionKernel):
         `keys` and `values` are those of this step, [kv_heads, queries, dim].
         """
         if chunk.blocks is not None:
-            keys, values = (
-                self._gather(cache, chunk.blocks)[:, : chunk.context] for cache in self._layers[layer][:2]
-            )
+            keys, values = (self._gather(cache, chunk.blocks)[:, : chunk.context] for cache in self._layers[layer][:2])
         if softcap is not None or (query.device.type == "cpu" and query.dtype == torch.bfloat16):
             return self._in_parts(chunk, query, keys, values, scale, window, softcap)
         groups = query.shape[1] // self.shape.kv_heads
@@ -265,17 +257,13 @@ class GatherKernel(AttentionKernel):
             # Without spans no query of this part sees the tokens of the later ones.
             seen = chunk.context if self._step.spans else chunk.context - (count - stop)
             part = query[start:stop].view(-1, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3)
-            scores = (
-                torch.bmm(part.reshape(kv_heads, -1, dim), keys[:, :seen].transpose(1, 2)).float().mul_(scale)
-            )
+            scores = torch.bmm(part.reshape(kv_heads, -1, dim), keys[:, :seen].transpose(1, 2)).float().mul_(scale)
             if softcap is not None:
                 cap_scores(scores, softcap, exact=query.dtype == torch.float32)
             hidden = self._step.hidden(chunk.index, window, self.shape.device, slice(start, stop))[:, :seen]
             scores.view(*part.shape[:3], seen).masked_fill_(hidden, float("-inf"))
             weights = torch.softmax(scores, -1).to(values.dtype)
-            out[start:stop] = (
-                torch.bmm(weights, values[:, :seen]).view(part.shape).permute(2, 0, 1, 3).flatten(1, 2)
-            )
+            out[start:stop] = torch.bmm(weights, values[:, :seen]).view(part.shape).permute(2, 0, 1, 3).flatten(1, 2)
         return out
 
     def _chunk_mask(self, chunk: _Chunk, window: int | None) -> torch.Tensor | CausalBias | None:

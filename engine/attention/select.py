@@ -52,9 +52,7 @@ def choose_kernel(
         ModelLoadError: The name is unknown, or the kernel does not work here.
     """
     if name != "auto" and name not in KERNELS:
-        raise ModelLoadError(
-            f"attention kernel {name!r} is unknown; known: auto, {', '.join(sorted(KERNELS))}"
-        )
+        raise ModelLoadError(f"attention kernel {name!r} is unknown; known: auto, {', '.join(sorted(KERNELS))}")
     ranked = AUTO.get(shape.device.type, (GatherKernel,))
     passed_over: list[str] = []
     for kernel in ranked if name == "auto" else (KERNELS[name],):

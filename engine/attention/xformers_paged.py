@@ -96,8 +96,7 @@ class XformersKernel(GatherKernel):
         kv_heads = self.shape.kv_heads
         shared = heads // kv_heads
         keys, values = (
-            slots.transpose(0, 1)[None, :, :, None].expand(-1, -1, -1, shared, -1)
-            for slots in self._layers[layer][2:]
+            slots.transpose(0, 1)[None, :, :, None].expand(-1, -1, -1, shared, -1) for slots in self._layers[layer][2:]
         )
         inputs = ops.inputs(
             query=query.reshape(1, count, kv_heads, shared, dim),

@@ -132,9 +132,7 @@ class FamilyModel:
 
         loader = getattr(transformers, cls.auto_class)
         options["attn_implementation"] = cls.attention(config)
-        return cls(
-            complete(loader.from_pretrained(model_path, **options, **JUDGED), cls.unused_weights(config))
-        )
+        return cls(complete(loader.from_pretrained(model_path, **options, **JUDGED), cls.unused_weights(config)))
 
     @classmethod
     def attention(cls, config: PretrainedConfig) -> str | dict[str, str]:

@@ -76,18 +76,14 @@ class FuyuPreprocessor(Preprocessor[FuyuMetadata]):
     @classmethod
     def read(cls, model: ModelFiles) -> FuyuMetadata:
         processor = model.processor
-        most, patch = (
-            (int(size["height"]), int(size["width"])) for size in (processor.size, processor.patch_size)
-        )
+        most, patch = ((int(size["height"]), int(size["width"])) for size in (processor.size, processor.patch_size))
         if not processor.do_pad or processor.padding_mode != "constant" or not processor.do_resize:
             raise ModelLoadError(
                 "preprocessor_config.json of a Fuyu has to resize, and to pad with a constant, as published"
             )
         break_id, bos_id, answer_id = model.tokenizer.convert_tokens_to_ids([_LINE_BREAK, _BOS, _ANSWER])
         if None in (break_id, bos_id, answer_id):
-            raise ModelLoadError(
-                f"the tokenizer of a Fuyu has {_LINE_BREAK}, {_BOS} and {_ANSWER}; this one has not"
-            )
+            raise ModelLoadError(f"the tokenizer of a Fuyu has {_LINE_BREAK}, {_BOS} and {_ANSWER}; this one has not")
         return FuyuMetadata(
             image_token_id=int(model.config.image_token_id),
             recipe=value_recipe(processor, model.backend),
@@ -117,9 +113,7 @@ class FuyuPreprocessor(Preprocessor[FuyuMetadata]):
         rows, columns = self._grid(width, height)
         tall, wide = rows * self.metadata.patch[0], columns * self.metadata.patch[1]
         levels = np.full((tall, wide, 3), self.metadata.padding, dtype=np.uint8)
-        resized = (
-            np.asarray(image) if image.size == (width, height) else recipe.resized(image, (width, height))
-        )
+        resized = np.asarray(image) if image.size == (width, height) else recipe.resized(image, (width, height))
         levels[:height, :width] = resized[:tall, :wide]
         return {"image_patches": self._patches(recipe.values(levels))}
 
@@ -141,9 +135,7 @@ class FuyuPreprocessor(Preprocessor[FuyuMetadata]):
         """(rows, columns) of patches that hold a pixel."""
         rows, columns = (
             min(math.ceil(edge / patch), most // patch)
-            for edge, patch, most in zip(
-                (height, width), self.metadata.patch, self.metadata.most, strict=True
-            )
+            for edge, patch, most in zip((height, width), self.metadata.patch, self.metadata.most, strict=True)
         )
         return rows, columns
 

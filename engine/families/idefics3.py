@@ -79,10 +79,7 @@ class Idefics3Preprocessor(Preprocessor[Idefics3Metadata]):
             longest=longest,
             splits=bool(processor.do_image_splitting),
             rows=rows_per_tile(model.config, tile),
-            before=[
-                [ids(AROUND + TAG.format(row + 1, column + 1)) for column in range(most)]
-                for row in range(most)
-            ],
+            before=[[ids(AROUND + TAG.format(row + 1, column + 1)) for column in range(most)] for row in range(most)],
             before_global=ids(AROUND + GLOBAL),
             line=ids("\n"),
             last_line=ids("\n\n"),

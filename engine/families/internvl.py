@@ -96,9 +96,7 @@ class InternVLPreprocessor(Preprocessor[InternVLMetadata]):
         return {"pixel_values": np.stack(tiles)}
 
     def reference(self, image: Image, variant: int = 0) -> Arrays:
-        return {
-            "pixel_values": np.asarray(self._processor(images=image, return_tensors="np")["pixel_values"])
-        }
+        return {"pixel_values": np.asarray(self._processor(images=image, return_tensors="np")["pixel_values"])}
 
     def _grid(self, width: int, height: int) -> tuple[int, int]:
         """(columns, rows) of the nearest aspect.
@@ -128,9 +126,7 @@ class InternVLModel(FamilyModel):
 
     def encode(self, images: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
         def features(tiles: torch.Tensor) -> torch.Tensor:
-            out: torch.Tensor = self.model.model.get_image_features(
-                pixel_values=tiles, return_dict=True
-            ).pooler_output
+            out: torch.Tensor = self.model.model.get_image_features(pixel_values=tiles, return_dict=True).pooler_output
             return out
 
         return encode_tiles(features, [image["pixel_values"] for image in images])

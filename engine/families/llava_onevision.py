@@ -85,9 +85,7 @@ class LlavaOnevisionPreprocessor(LlavaNextPreprocessor):
         square = images.new("RGB", (max(image.size),) * 2, tuple(self.metadata.mean))
         square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))
         return {
-            "pixel_values": recipe.values(recipe.resized(square, (self.metadata.tile, self.metadata.tile)))[
-                None
-            ],
+            "pixel_values": recipe.values(recipe.resized(square, (self.metadata.tile, self.metadata.tile)))[None],
             "image_sizes": np.array([image.height, image.width]),
         }
 

@@ -29,9 +29,7 @@ if TYPE_CHECKING:
     from engine.tensor_parallel import Ranks
 
 _TP_PLAN = LLAMA_PLAN | {
-    name.replace("self_attn", "cross_attn"): style
-    for name, style in LLAMA_PLAN.items()
-    if "self_attn" in name
+    name.replace("self_attn", "cross_attn"): style for name, style in LLAMA_PLAN.items() if "self_attn" in name
 }
 
 _FEW_QUERIES = 8
@@ -253,9 +251,7 @@ class MllamaModel(FamilyModel):
         out: torch.Tensor = self.decoder.norm(hidden)[0]  # type: ignore[operator]
         return out
 
-    def _cross(
-        self, layer: Any, number: int, hidden: torch.Tensor, segments: Sequence[_Segment]
-    ) -> torch.Tensor:
+    def _cross(self, layer: Any, number: int, hidden: torch.Tensor, segments: Sequence[_Segment]) -> torch.Tensor:
         """Run hidden states [attending rows, D] through cross-attention layer number `number`."""
         attention = layer.cross_attn
         query = attention.q_proj(layer.input_layernorm(hidden))
@@ -302,9 +298,7 @@ def _segments(attended: Sequence[AttendedChunk]) -> tuple[list[_Segment], list[i
     return segments, places
 
 
-def _attend(
-    query: torch.Tensor, seen: Sequence[tuple[CrossStates, int]], layer: int, scale: float
-) -> torch.Tensor:
+def _attend(query: torch.Tensor, seen: Sequence[tuple[CrossStates, int]], layer: int, scale: float) -> torch.Tensor:
     """Attend queries [queries, heads, head_dim] to the first rows of each image; the result has the same shape."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention

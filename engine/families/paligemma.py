@@ -64,9 +64,7 @@ class PaliGemmaPreprocessor(FixedPreprocessor[FixedMetadata]):
         end = text.rfind(_IMAGE) + len(_IMAGE) if _IMAGE in text else 0
         return f"{text[:end]}{bos}{text[end:]}\n"
 
-    def positions(
-        self, num_tokens: int, images: Sequence[ImageInput]
-    ) -> tuple[npt.NDArray[np.int64] | None, int]:
+    def positions(self, num_tokens: int, images: Sequence[ImageInput]) -> tuple[npt.NDArray[np.int64] | None, int]:
         return None, 1
 
 

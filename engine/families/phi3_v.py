@@ -79,9 +79,7 @@ class Phi3VPreprocessor(Preprocessor[Phi3VMetadata]):
         except (OSError, ValueError) as error:
             raise ModelLoadError("preprocessor_config.json of the model cannot be read") from error
         metadata = cls.read(
-            ModelFiles(
-                model_path, AutoConfig.from_pretrained(model_path), {**stored, **(overrides or {})}, "pil"
-            )
+            ModelFiles(model_path, AutoConfig.from_pretrained(model_path), {**stored, **(overrides or {})}, "pil")
         )
         metadata.fingerprint = hashlib.blake2b(msgspec.msgpack.encode(metadata), digest_size=8).digest()
         return cls(metadata)
@@ -118,9 +116,7 @@ class Phi3VPreprocessor(Preprocessor[Phi3VMetadata]):
         assert recipe is not None
         down, across = self._grid(*image.size)
         width, height = self._resized(*image.size)
-        if (
-            width < height
-        ):  # Pillow rounds between its two passes, and the reference turns upright images first
+        if width < height:  # Pillow rounds between its two passes, and the reference turns upright images first
             levels = recipe.resized(image.transpose(_TRANSPOSE), (height, width)).transpose(1, 0, 2)
         else:
             levels = recipe.resized(image, (width, height))
@@ -308,9 +304,7 @@ def classes() -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
             """Map [1 + down x across, patches, C], the whole image first, to [rows, D]."""
             lines = math.isqrt(patches.shape[1]) // 2
             merged = patches.view(-1, lines, 2, lines, 2, patches.shape[-1]).transpose(2, 3).flatten(3)
-            tiles = (
-                merged[1:].view(down, across, lines, lines, -1).transpose(1, 2).flatten(2, 3).flatten(0, 1)
-            )
+            tiles = merged[1:].view(down, across, lines, lines, -1).transpose(1, 2).flatten(2, 3).flatten(0, 1)
             rows = torch.cat([self._lines(tiles), self.glb_GN[0], self._lines(merged[0])])
             projected: torch.Tensor = self.img_projection(rows)
             return projected

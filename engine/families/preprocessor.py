@@ -187,9 +187,7 @@ class Preprocessor(ABC, Generic[F]):
         made = cls(metadata, processor)
         if wanted != native:
             if metadata.recipe is None:
-                raise ModelLoadError(
-                    "the model's image processor needs torchvision itself; install torchvision"
-                )
+                raise ModelLoadError("the model's image processor needs torchvision itself; install torchvision")
         elif metadata.recipe is not None and not made._direct_is_exact():
             metadata.recipe = None
         settings = json.dumps([wanted, processor.to_dict()], sort_keys=True, default=str).encode()
@@ -277,9 +275,7 @@ class Preprocessor(ABC, Generic[F]):
         tensors = (self.reference if self.metadata.recipe is None else self.direct)(image, variant)
         return PreparedImage(layout.token_ids, tensors, layout.is_embed)
 
-    def positions(
-        self, num_tokens: int, images: Sequence[ImageInput]
-    ) -> tuple[npt.NDArray[np.int64] | None, int]:
+    def positions(self, num_tokens: int, images: Sequence[ImageInput]) -> tuple[npt.NDArray[np.int64] | None, int]:
         """Compute the positions of a prompt's tokens.
 
         Returns:

@@ -160,9 +160,7 @@ class Qwen2VLPreprocessor(Preprocessor[Qwen2VLMetadata]):
         frames = patches.reshape(len(patches), 3, self.metadata.frames, self.metadata.patch**2)
         return {"pixel_values": frames[:, :, 0].reshape(len(patches), -1), GRID: np.asarray(out[GRID][0])}
 
-    def positions(
-        self, num_tokens: int, images: Sequence[ImageInput]
-    ) -> tuple[npt.NDArray[np.int64] | None, int]:
+    def positions(self, num_tokens: int, images: Sequence[ImageInput]) -> tuple[npt.NDArray[np.int64] | None, int]:
         if not images:
             return None, 0
         positions = np.empty((3, num_tokens), dtype=np.int64)

@@ -29,9 +29,7 @@ def cut(recipe: Recipe, levels: Levels, height: int, width: int) -> list[Pixels]
     ]
 
 
-def encode_tiles(
-    tower: Callable[[torch.Tensor], torch.Tensor], images: Sequence[torch.Tensor]
-) -> list[torch.Tensor]:
+def encode_tiles(tower: Callable[[torch.Tensor], torch.Tensor], images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Encode the tiles of several images together.
 
     Args:

@@ -84,9 +84,7 @@ class Model:
     @torch.no_grad()
     def answer(self, questions: list[Question]) -> list[str]:
         """Answer a few questions at once by greedy decoding."""
-        texts = [
-            self.processor.apply_chat_template(q.messages, add_generation_prompt=True) for q in questions
-        ]
+        texts = [self.processor.apply_chat_template(q.messages, add_generation_prompt=True) for q in questions]
         pictures = [picture for q in questions for picture in q.pictures]
         inputs = self.processor(text=texts, images=pictures or None, padding=True, return_tensors="pt")
         if pictures:
@@ -123,9 +121,7 @@ def shares(questions: list[Question], answers: list[str]) -> dict[str, tuple[int
 
 def main() -> int:
     """Evaluate and print; return 1 where a goal is missed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=HERE, help="the model's folder")
     parser.add_argument("--drawings", type=int, default=1000)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")

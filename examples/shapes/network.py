@@ -165,9 +165,7 @@ def export(weights: dict[str, torch.Tensor], folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if folder.resolve() != HERE:
             shutil.copyfile(HERE / name, folder / name)
-    tensors = {
-        hub_name(name): value.detach().to(torch.bfloat16).contiguous() for name, value in weights.items()
-    }
+    tensors = {hub_name(name): value.detach().to(torch.bfloat16).contiguous() for name, value in weights.items()}
     part = folder / "model.safetensors.part"
     save_file(tensors, part, metadata={"format": "pt"})
     part.chmod(0o644)

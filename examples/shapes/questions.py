@@ -244,9 +244,7 @@ class Talk:
                 )
             else:
                 return None
-            return question + rng.choice((" ", " ", "\n")) + rng.choice(JSON), as_json(
-                self.scenes[self.focus]
-            )
+            return question + rng.choice((" ", " ", "\n")) + rng.choice(JSON), as_json(self.scenes[self.focus])
         if kind == "color of the image":
             if rng.random() < 0.25:
                 return rng.choice(GROUND_FOCUS), here.background
@@ -308,9 +306,7 @@ KINDS_OF_QUESTION = (*WEIGHTS, "no image", "chat")
 
 def blind(rng: random.Random) -> tuple[str, str]:
     """Return a question asked before any picture has come, and its answer."""
-    pool: tuple[str, ...] = (
-        WHAT_DOCS + WHAT_MORE + GROUND + COUNT + NTH + ITS_COLOR + ALL + SHAPE_COLOR + GROUND_FOCUS
-    )
+    pool: tuple[str, ...] = WHAT_DOCS + WHAT_MORE + GROUND + COUNT + NTH + ITS_COLOR + ALL + SHAPE_COLOR + GROUND_FOCUS
     if rng.random() < 0.2:
         return filler(rng, 12), NO_IMAGE
     question = rng.choice(pool if rng.random() < 0.6 else WHAT_DOCS)
@@ -402,9 +398,7 @@ def converse(
             continue
         new = 0
         if remaining and (not asked or turns - asked <= len(remaining) or rng.random() < 0.4):
-            new = (
-                len(remaining) if rng.random() < 0.5 or turns - asked <= 1 else rng.randint(1, len(remaining))
-            )
+            new = len(remaining) if rng.random() < 0.5 or turns - asked <= 1 else rng.randint(1, len(remaining))
         talk.shown += remaining[:new]
         remaining = remaining[new:]
         if new:

@@ -26,17 +26,12 @@ ROLES = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 OTHER_TEXT = (
     "The quick brown fox jumps over the lazy dog. It was the best of times, it was the worst of times.",
     "We hold these truths to be self-evident, that all men are created equal.",
-    "Once upon a time there was a little house in the middle of a big forest, "
-    "and nobody knew who had built it.",
-    "Please write a short story about a journey. Could you explain how this "
-    "works? I don't think that is right.",
+    "Once upon a time there was a little house in the middle of a big forest, and nobody knew who had built it.",
+    "Please write a short story about a journey. Could you explain how this works? I don't think that is right.",
     "Translate the following sentence into French. Summarize the text below. What is the capital of Germany?",
-    '{"model": "shapes", "messages": [{"role": "user", "content": "Hello"}], '
-    '"max_tokens": 16, "temperature": 0.0}',
-    '{"name": "get_weather", "arguments": {"city": "Paris", "unit": "celsius"}, '
-    '"strict": true, "value": null}',
-    "def add(first: int, second: int) -> int:\n    return first + second\n\nfor i "
-    "in range(10):\n    print(i)\n",
+    '{"model": "shapes", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 16, "temperature": 0.0}',
+    '{"name": "get_weather", "arguments": {"city": "Paris", "unit": "celsius"}, "strict": true, "value": null}',
+    "def add(first: int, second: int) -> int:\n    return first + second\n\nfor i in range(10):\n    print(i)\n",
     "import os\nclass Server:\n    def __init__(self, port=8080):\n        self.port = port\n",
     "https://www.example.com/index.html?query=1&page=2 0123456789 10 100 1000 2024 3.14 50% $5",
 )

@@ -185,9 +185,7 @@ class Seer(nn.Module):
         self.rank = nn.Linear(width, 4)
         self.number = nn.Linear(text_width, 4)
 
-    def forward(
-        self, half: torch.Tensor, top: torch.Tensor, batch: Batch
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, half: torch.Tensor, top: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the loss for features [N, patches, width] of two heights, and the share of patches named rightly."""
         labels = batch.labels
         owner, kind, color = labels["owner"].long(), labels["kind"].long(), labels["color"].long()
@@ -211,9 +209,7 @@ class Seer(nn.Module):
         owned = (owner[:, None, :] == torch.arange(1, 4)[:, None]).float() * covered[:, None, :]
         there = owned.sum(dim=-1) > 0
         means = (owned / owned.sum(dim=-1, keepdim=True).clamp(min=1e-6)) @ features.float()
-        wanted = (
-            torch.where(owner[:, None, :] == torch.arange(1, 4)[:, None], kind[:, None, :], 0).amax(-1) - 1
-        )
+        wanted = torch.where(owner[:, None, :] == torch.arange(1, 4)[:, None], kind[:, None, :], 0).amax(-1) - 1
         loss = loss + F.cross_entropy(self.shape(means).float()[there], wanted[there])
 
         loss = loss + 0.3 * F.cross_entropy(self.ground(features.mean(dim=1)).float(), batch.grounds)
@@ -323,9 +319,7 @@ def rate(progress: float, peak: float) -> float:
 
 def parse() -> argparse.Namespace:
     """Return the options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to export the model to")
     parser.add_argument("--work", type=Path, help="folder for checkpoints (none are kept without it)")
     parser.add_argument("--minutes", type=float, default=90.0, help="training time, over all resumed runs")
@@ -333,9 +327,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="stop after so many steps, whatever the time")
     parser.add_argument("--every", type=float, default=10.0, help="minutes between exports and checkpoints")
     parser.add_argument("--peak", type=float, default=1.3e-3, help="highest learning rate")
-    parser.add_argument(
-        "--extra", type=int, default=3, help="batches for the tower alone beside every full one"
-    )
+    parser.add_argument("--extra", type=int, default=3, help="batches for the tower alone beside every full one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--init-only", action="store_true", help="export random weights and stop")
@@ -393,9 +385,7 @@ def main() -> None:
         model.load_state_dict({k: v.to(torch.bfloat16).float() for k, v in average.items()}, strict=False)
         shares = quick_check(model, checks)
         model.load_state_dict(current, strict=False)
-        tqdm.write(
-            f"step {step}, {spent / 60:.1f} min: " + ", ".join(f"{k} {v:.3f}" for k, v in shares.items())
-        )
+        tqdm.write(f"step {step}, {spent / 60:.1f} min: " + ", ".join(f"{k} {v:.3f}" for k, v in shares.items()))
         export(average, options.out)
 
     def learn(loss: torch.Tensor) -> None:
@@ -405,9 +395,7 @@ def main() -> None:
         nn.utils.clip_grad_norm_([p for p in trained if p.grad is not None], 1.0)
         optimizer.step()
 
-    bar = tqdm(
-        total=round(options.minutes * 60), initial=round(spent), unit="s", smoothing=0.05, mininterval=5
-    )
+    bar = tqdm(total=round(options.minutes * 60), initial=round(spent), unit="s", smoothing=0.05, mininterval=5)
     losses = {"see": 2.0, "say": 6.0, "seen": 0.0, "said": 0.0}
     due = spent + options.every * 60
     before = time.monotonic()
@@ -434,9 +422,7 @@ def main() -> None:
                 logits, targets, middle = speak(model, features, batch)
                 say = (F.cross_entropy(logits, targets, reduction="none") * short(batch.targets)).mean()
                 losses["say"] += 0.02 * (say.item() - losses["say"])
-                losses["said"] += 0.02 * (
-                    (logits.argmax(-1) == targets).float().mean().item() - losses["said"]
-                )
+                losses["said"] += 0.02 * ((logits.argmax(-1) == targets).float().mean().item() - losses["said"])
                 loss = loss + say + 0.3 * seer.count(middle, batch.ids)
         learn(loss)
         for _ in range(options.extra if not alone else 0):
@@ -449,9 +435,7 @@ def main() -> None:
         now = time.monotonic()
         spent += now - before
         bar.update(round(spent) - bar.n)
-        bar.set_postfix(
-            step=step, lr=f"{lr:.1e}", **{k: f"{v:.3f}" for k, v in losses.items()}, refresh=False
-        )
+        bar.set_postfix(step=step, lr=f"{lr:.1e}", **{k: f"{v:.3f}" for k, v in losses.items()}, refresh=False)
         if spent >= due:
             save()
             due = spent + options.every * 60

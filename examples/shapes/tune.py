@@ -23,9 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 def main() -> None:
     """Tune and export."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to export the model to")
     parser.add_argument("--model", type=Path, default=HERE, help="the model to start from")
     parser.add_argument("--minutes", type=float, default=15.0)
@@ -41,9 +39,7 @@ def main() -> None:
     model.model.vision_tower.requires_grad_(False)
     weights = {name: value for name, value in model.named_parameters() if value.requires_grad}
     average = {name: value.detach().clone() for name, value in weights.items()}
-    optimizer = torch.optim.AdamW(
-        weights.values(), lr=options.peak, betas=(0.9, 0.98), weight_decay=0.01, fused=True
-    )
+    optimizer = torch.optim.AdamW(weights.values(), lr=options.peak, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     batches = Batches(options.seed * 1_000_003 + 900_000, bare=options.bare)
     held_out = Batches(HELD_OUT_SEED + 1, pool=PICTURES * 12, bare=0.5)
     checks = [batch for batch, _ in zip(held_out, range(8), strict=False)]
@@ -71,9 +67,7 @@ def main() -> None:
         bar.update(round(time.monotonic() - began) - bar.n)
         bar.set_postfix(step=step, said=f"{said:.3f}", refresh=False)
     bar.close()
-    model.load_state_dict(
-        {name: value.to(torch.bfloat16).float() for name, value in average.items()}, strict=False
-    )
+    model.load_state_dict({name: value.to(torch.bfloat16).float() for name, value in average.items()}, strict=False)
     print(", ".join(f"{kind} {share:.3f}" for kind, share in quick_check(model, checks).items()))
     export(model.state_dict(), options.out)
 

@@ -219,9 +219,7 @@ def sample_scene(rng: random.Random, count: int | None = None) -> Scene:
     while True:
         wanted = count if count is not None else rng.choices((1, 2, 3), (0.4, 0.35, 0.25))[0]
         width, height = sample_size(rng)
-        background = (
-            rng.choice(BACKGROUNDS) if rng.random() < 0.6 else rng.choice(("white", "white", "black", "gray"))
-        )
+        background = rng.choice(BACKGROUNDS) if rng.random() < 0.6 else rng.choice(("white", "white", "black", "gray"))
         ground = jitter(rng.choice(GROUNDS[background]), 4, rng)
         least = 0.095 * max(width, height)
         most = {0: 1.0, 1: 0.46, 2: 0.28, 3: 0.21}[wanted] * math.sqrt(width * height)
@@ -254,9 +252,7 @@ def sample_scene(rng: random.Random, count: int | None = None) -> Scene:
 def moved(shape: Shape, dx: float, dy: float) -> Shape:
     """Return ``shape`` shifted by ``dx`` and ``dy`` pixels."""
     points = tuple((x + dx, y + dy) for x, y in shape.points)
-    return Shape(
-        shape.kind, shape.color, shape.rgb, shape.x + dx, shape.y + dy, shape.radius, points, shape.outline
-    )
+    return Shape(shape.kind, shape.color, shape.rgb, shape.x + dx, shape.y + dy, shape.radius, points, shape.outline)
 
 
 def outlined(shape: Shape, rng: random.Random) -> Shape:
@@ -359,9 +355,7 @@ def draw_masked(scene: Scene, cover: Callable[[Shape, Floats, Floats], Floats]) 
 def draw_distance(scene: Scene) -> Image.Image:
     """Draw by signed distances, with an edge as soft as the scene wants it."""
     soft = np.float32(max(scene.finish.softness, 0.02))
-    return draw_masked(
-        scene, lambda shape, xs, ys: np.clip(0.5 - distance(shape, xs, ys) / (2 * soft), 0.0, 1.0)
-    )
+    return draw_masked(scene, lambda shape, xs, ys: np.clip(0.5 - distance(shape, xs, ys) / (2 * soft), 0.0, 1.0))
 
 
 def draw_samples(scene: Scene) -> Image.Image:
@@ -395,9 +389,7 @@ def draw(scene: Scene) -> Image.Image:
     if finish.blur:
         picture = picture.filter(ImageFilter.GaussianBlur(finish.blur))
     if finish.noise:
-        noise = np.random.default_rng(finish.seed).standard_normal(
-            (scene.height, scene.width, 3), dtype=np.float32
-        )
+        noise = np.random.default_rng(finish.seed).standard_normal((scene.height, scene.width, 3), dtype=np.float32)
         picture = to_image(np.asarray(picture, dtype=np.float32) + noise * np.float32(finish.noise))
     if finish.jpeg is not None:
         file = io.BytesIO()

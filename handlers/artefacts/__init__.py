@@ -54,7 +54,5 @@ def local_path(param: str, text: str, base: Path, roots: Iterable[str | Path], w
     except (OSError, ValueError):
         raise InvalidRequest(f"{param}: not a path of a directory", param=param) from None
     if not any(path.is_relative_to(root) and path != Path(root) for root in allowed):
-        raise InvalidRequest(
-            f"{param}: not below a directory that {what} may be loaded from ({named})", param=param
-        )
+        raise InvalidRequest(f"{param}: not below a directory that {what} may be loaded from ({named})", param=param)
     return path

@@ -83,24 +83,18 @@ def wanted(files: Sequence[str], with_code: bool) -> list[str]:
     return small + next((found for kind in _WEIGHTS if (found := fnmatch.filter(top, kind))), [])
 
 
-def _files(
-    name: str, revision: str | None, token: str | None, with_code: bool, cache: Path
-) -> list[str] | None:
+def _files(name: str, revision: str | None, token: str | None, with_code: bool, cache: Path) -> list[str] | None:
     """Return the files to fetch, or None if the hub cannot be reached, so that a copy in the cache can still serve."""
     try:
         info = HfApi(token=token).model_info(name, revision=revision, files_metadata=True)
     except (HfHubHTTPError, HFValidationError):
         raise
     except Exception as error:
-        logger.warning(
-            "the hub cannot be reached (%s); looking for %s in the cache", type(error).__name__, name
-        )
+        logger.warning("the hub cannot be reached (%s); looking for %s in the cache", type(error).__name__, name)
         return None
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     files = wanted(list(sizes), with_code)
-    logger.info(
-        "%s at %s: %d files, %s", name, info.sha, len(files), size_text(sum(sizes[file] for file in files))
-    )
+    logger.info("%s at %s: %d files, %s", name, info.sha, len(files), size_text(sum(sizes[file] for file in files)))
     missing = [
         file
         for file in files

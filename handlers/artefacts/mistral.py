@@ -390,9 +390,7 @@ def read_tekken(file: Path) -> Tekken:
     except OSError as error:
         raise ArtefactError(f"{file} cannot be read: {error.strerror}") from error
     except msgspec.MsgspecError as error:
-        raise ArtefactError(
-            f"tekken.json of the model is not one of Mistral's tokenizers: {error}"
-        ) from error
+        raise ArtefactError(f"tekken.json of the model is not one of Mistral's tokenizers: {error}") from error
     count, sizes, special = tekken.config.default_num_special_tokens, tekken.config, tekken.special
     ranks = [token.rank for token in tekken.special_tokens or ()]
     if sorted(ranks) != list(range(len(ranks))) or len(special) != count or len(set(special)) != count:
@@ -462,9 +460,7 @@ def _ranks(tekken: Tekken) -> dict[bytes, int]:
     try:
         ranks = {base64.b64decode(token.token_bytes): rank for rank, token in enumerate(listed)}
     except ValueError as error:
-        raise ArtefactError(
-            "tekken.json of the model has token_bytes that are not base64: fetch it again"
-        ) from error
+        raise ArtefactError("tekken.json of the model has token_bytes that are not base64: fetch it again") from error
     if len(ranks) != len(listed) or not all(bytes([byte]) in ranks for byte in range(256)):
         raise ArtefactError("tekken.json of the model lists a token twice, or not every byte: fetch it again")
     return ranks

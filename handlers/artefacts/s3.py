@@ -139,9 +139,7 @@ def _listed(client: Any, bucket: str, prefix: str) -> Iterator[S3Object]:
                 continue
             parts = relative.split("/")
             if any(part in ("", ".", "..") or "\\" in part or not part.isprintable() for part in parts):
-                raise ArtefactError(
-                    f"the key {key!r} is not the name of a file below the model's directory; rename it"
-                )
+                raise ArtefactError(f"the key {key!r} is not the name of a file below the model's directory; rename it")
             yield S3Object(key, entry["Size"], entry["ETag"], PurePosixPath(*parts))
 
 
@@ -208,9 +206,7 @@ class _Transfer:
     def _has(self, item: S3Object, known: dict[str, tuple[int, str]]) -> bool:
         path = self.files / item.path
         return (
-            known.get(str(item.path)) == (item.size, item.etag)
-            and path.is_file()
-            and path.stat().st_size == item.size
+            known.get(str(item.path)) == (item.size, item.etag) and path.is_file() and path.stat().st_size == item.size
         )
 
     def _remove_others(self, listed: set[str]) -> None:
@@ -299,20 +295,14 @@ class _Download:
 
 
 _CHANGED = "an object changed while it was fetched; start again"
-_DENIED = (
-    "access is denied; the role needs s3:ListBucket on the bucket and s3:GetObject on its objects ({code})"
-)
-_NO_CREDENTIALS = (
-    "no AWS credentials were found; give the container a role, or set AWS_ACCESS_KEY_ID and its secret"
-)
+_DENIED = "access is denied; the role needs s3:ListBucket on the bucket and s3:GetObject on its objects ({code})"
+_NO_CREDENTIALS = "no AWS credentials were found; give the container a role, or set AWS_ACCESS_KEY_ID and its secret"
 _ADVICE = {
     "NoSuchBucket": "there is no bucket {bucket!r}; check the name",
     "404": "there is no such object; check the bucket and the key",
     "NoSuchKey": "an object was deleted while it was fetched; start again",
     **dict.fromkeys(("412", "PreconditionFailed", "S3DownloadFailedError"), _CHANGED),
-    **dict.fromkeys(
-        ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"), _DENIED
-    ),
+    **dict.fromkeys(("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"), _DENIED),
     **dict.fromkeys(("NoCredentialsError", "PartialCredentialsError"), _NO_CREDENTIALS),
 }
 """Messages by S3's error code, or by the class of an error of boto3's."""

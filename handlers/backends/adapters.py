@@ -100,9 +100,7 @@ class AdapterFiles:
             if not path.is_dir() or path.name.startswith("."):
                 continue
             if not (path / _CONFIG).is_file():
-                raise InvalidConfiguration(
-                    f"adapters/{path.name} holds no {_CONFIG}: it is not a LoRA adapter"
-                )
+                raise InvalidConfiguration(f"adapters/{path.name} holds no {_CONFIG}: it is not a LoRA adapter")
             if not _NAME.fullmatch(path.name):
                 raise InvalidConfiguration(f"adapters/{path.name[:80]}: {_NAME_RULE}")
             _warn_of_code(path, f"adapters/{path.name}")
@@ -130,16 +128,12 @@ class AdapterFiles:
                 raise short_of(what) from error
             raise InvalidRequest("src: the directory cannot be read", param="src") from None
         if _CONFIG not in files or files.isdisjoint(_WEIGHTS):
-            raise InvalidRequest(
-                f"src: a LoRA adapter is a directory with {_CONFIG} and {_WEIGHTS[0]}", param="src"
-            )
+            raise InvalidRequest(f"src: a LoRA adapter is a directory with {_CONFIG} and {_WEIGHTS[0]}", param="src")
         _warn_of_code(path, path.name)
         if forbidden := list(self.secure.files(path)):
             for problem in forbidden:
                 logger.warning("adapter %s: %s", info.name, problem)
-            raise InvalidRequest(
-                "src: the adapter has a file that SageMaker's secure mode forbids", param="src"
-            )
+            raise InvalidRequest("src: the adapter has a file that SageMaker's secure mode forbids", param="src")
         return path
 
 

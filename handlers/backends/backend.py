@@ -136,9 +136,7 @@ class Backend(Protocol):
     ) -> Needs:
         """Return how much memory the model needs. May import torch and transformers."""
 
-    def refused_options(
-        self, configuration: Configuration, directory: Path | None, machine: Machine
-    ) -> list[Problem]:
+    def refused_options(self, configuration: Configuration, directory: Path | None, machine: Machine) -> list[Problem]:
         """Return what the engine itself refuses before it loads a model. May import the engine.
 
         Args:

@@ -20,9 +20,7 @@ def chosen_devices(settings: Settings, accelerators: int) -> tuple[list[int], li
     if wanted == "*" or accelerators == 0:
         return list(range(accelerators)), []
     problems = [
-        Problem(
-            f"load_on_devices names {number}, but the devices are 0 to {accelerators - 1}", "load_on_devices"
-        )
+        Problem(f"load_on_devices names {number}, but the devices are 0 to {accelerators - 1}", "load_on_devices")
         for number in wanted
         if number >= accelerators
     ]

@@ -57,8 +57,7 @@ class EmbeddingsWanted:
             return None if grid is None else "this model wants no image_grid_thw: send image_embeds alone"
         if grid is None:
             return (
-                "this model wants image_grid_thw beside image_embeds: send "
-                '{"image_embeds": ..., "image_grid_thw": ...}'
+                'this model wants image_grid_thw beside image_embeds: send {"image_embeds": ..., "image_grid_thw": ...}'
             )
         frames, rows, columns = grid
         if frames != 1:

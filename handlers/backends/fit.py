@@ -143,9 +143,7 @@ def _fit_host(result: Fit, configuration: Configuration, needs: Needs, name: str
         _too_large(result, held + cache * ranks, memory, name or "the host")
 
 
-def _useful(
-    result: Fit, configuration: Configuration, needs: Needs, room: int, requests: int | None = None
-) -> int:
+def _useful(result: Fit, configuration: Configuration, needs: Needs, room: int, requests: int | None = None) -> int:
     """Set and return the number of cache bytes per device.
 
     That is the size that was asked for, or else as much of `room` as encoder outputs leave, and no more than `requests`
@@ -163,11 +161,7 @@ def _useful(
         cache = room - encoder_share(room, batch, each, given, on_cpu=result.devices == 0)
     else:
         cache = room
-    if (
-        length is not None
-        and result.cache_bytes_per_token is not None
-        and (asked is None or not needs.takes_all)
-    ):
+    if length is not None and result.cache_bytes_per_token is not None and (asked is None or not needs.takes_all):
         tokens = batch * _blocks(settings, length)
         fills = tokens * result.cache_bytes_per_token // result.devices_per_replica
         if asked is not None and fills < cache:

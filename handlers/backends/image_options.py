@@ -42,8 +42,7 @@ def unused_by_text(settings: Settings) -> list[Problem]:
     return [
         Problem(f"{key_of(name)} has no effect: the model takes no images", name)
         for name, value in written.items()
-        if value != type(settings).model_fields[name].default
-        and value != {"image": 0, "video": 0, "audio": 0}
+        if value != type(settings).model_fields[name].default and value != {"image": 0, "video": 0, "audio": 0}
     ]
 
 
@@ -92,9 +91,7 @@ def _shapes(settings: Settings, preprocessor: Preprocessor[Any]) -> list[str]:
     prepared = _prepare(preprocessor, size)
     own = next((array.shape for array in prepared.tensors.values() if array.ndim == 3), None)
     if shape is not None and own is not None and tuple(shape[1:]) != own:
-        found.append(
-            _told("image_input_shape", ",".join(map(str, shape)), ",".join(map(str, (shape[0], *own))))
-        )
+        found.append(_told("image_input_shape", ",".join(map(str, shape)), ",".join(map(str, (shape[0], *own)))))
     fixed = shape is not None or _count(_prepare(preprocessor, (672, 224))) == _count(prepared)
     if tokens is not None and fixed and tokens != _count(prepared):
         found.append(_told("image_feature_size", tokens, _count(prepared)))

@@ -121,9 +121,7 @@ def _templates(directory: Path, settings: Settings, of_family: object, found: Fi
         try:
             TemplateSource.parse(template.text)
         except jinja2.TemplateSyntaxError as error:
-            text = (
-                f"the chat template of {template.origin} has an error in line {error.lineno}: {error.message}"
-            )
+            text = f"the chat template of {template.origin} has an error in line {error.lineno}: {error.message}"
             other = "" if settings.chat_template is not None else ", or set option.chat_template"
             found.errors.append(Problem(f"{text}; mend it{other}", "chat_template"))
     if not found.errors and not templates.named and used == (None, None):

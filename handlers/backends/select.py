@@ -188,9 +188,7 @@ def remedy(architectures: Sequence[str], *, vllm: bool | None = None) -> str:
     listed = vllm_architectures() if installed else TESTED_ARCHITECTURES
     for name in architectures:
         if name in _DROPPED_BY_VLLM:
-            return (
-                f"vLLM {_DROPPED_BY_VLLM[name]} was the last to serve {name}: serve a model of another family"
-            )
+            return f"vLLM {_DROPPED_BY_VLLM[name]} was the last to serve {name}: serve a model of another family"
         if name in listed:
             how = "set" if installed else f"{INSTALL} and set"
             code = " and option.trust_remote_code=true" if name in _REMOTE_CODE_IN_VLLM else ""

@@ -108,9 +108,7 @@ def _indexed(directory: Path) -> Iterator[str]:
         yield f"{missing[0]}{more}, which {INDEX} names, is not in {directory}: complete the download"
     for name in names:
         if name not in missing and name.endswith(".safetensors"):
-            yield from _damage(
-                directory / name, {tensor for tensor, place in places.items() if place == name}
-            )
+            yield from _damage(directory / name, {tensor for tensor, place in places.items() if place == name})
 
 
 def unreadable(path: Path, error: OSError) -> str:

@@ -74,9 +74,7 @@ class CustomBackend:
         self._waiting: deque[tuple[asyncio.Future[HandlerCall], dict[str, str], bytes]] = deque()
 
     @classmethod
-    def from_configuration(
-        cls, configuration: Configuration, model_path: Path, own: OwnCode
-    ) -> CustomBackend:
+    def from_configuration(cls, configuration: Configuration, model_path: Path, own: OwnCode) -> CustomBackend:
         """model_path: directory of the model's files, which may not be the handler's. Raises InvalidConfiguration."""
         refuse_unusable(own)
         settings = configuration.settings
@@ -373,9 +371,7 @@ class HandlerProcess:
         try:
             self._connection.send(msgspec.msgpack.encode(message))
         except OSError as error:
-            raise Unavailable(
-                "the model's own handler is being restarted; try again", retry_after=1
-            ) from error
+            raise Unavailable("the model's own handler is being restarted; try again", retry_after=1) from error
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -388,7 +384,6 @@ def _properties(configuration: Configuration) -> dict[str, str]:
     told = {
         name: source.raw or ""
         for name, source in configuration.sources.items()
-        if source.level < Level.RECOMMENDED
-        and not isinstance(getattr(configuration.settings, name), SecretStr)
+        if source.level < Level.RECOMMENDED and not isinstance(getattr(configuration.settings, name), SecretStr)
     }
     return told | {name: str(item.value) for name, item in configuration.extra.items()}

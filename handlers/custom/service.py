@@ -93,9 +93,7 @@ class CustomService:
             raise
         if not head.streams:
             task.close()
-        kind = next(
-            (v for n, v in head.properties.items() if n.lower() == "content-type"), "application/octet-stream"
-        )
+        kind = next((v for n, v in head.properties.items() if n.lower() == "content-type"), "application/octet-stream")
         headers = _headers(head.properties)
         if head.streams:
             chunks = HandlerStream(task, kind)

@@ -103,9 +103,7 @@ def formatting(members: dict[str, Any], start: Start) -> Callable[[djl.Input], A
         if kind is not None and found.setdefault(kind, member) is not member:
             raise HandlerError(f"{start.file} has two functions with @{kind}_formatter")
     if not found:
-        raise HandlerError(
-            f"{start.file}: formatters are those of djl_python.input_parser and .output_formatter"
-        )
+        raise HandlerError(f"{start.file}: formatters are those of djl_python.input_parser and .output_formatter")
     wants = "tokenizer" in inspect.signature(found["input"]).parameters if "input" in found else False
     more = {"tokenizer": _tokenizer(start)} if wants else {}
 

@@ -73,9 +73,7 @@ class GrammarCompiler:
         else:
             self._known.move_to_end(job)
         if outcome.reason is not None:
-            raise InvalidRequest(
-                f"{constraint.param} cannot be used: {outcome.reason}", param=constraint.param
-            )
+            raise InvalidRequest(f"{constraint.param} cannot be used: {outcome.reason}", param=constraint.param)
         return outcome.grammar
 
     async def close(self) -> None:
@@ -91,9 +89,7 @@ class GrammarCompiler:
         task = self._running.get(job)
         if task is None:
             if len(self._running) >= MOST_WAITING:
-                raise Overloaded(
-                    "too many new grammars and schemas are being compiled; try again", retry_after=5
-                )
+                raise Overloaded("too many new grammars and schemas are being compiled; try again", retry_after=5)
             task = self._running[job] = asyncio.create_task(self._compile(job), name="compile-grammar")
             task.add_done_callback(lambda done: self._done(job, done))
         return task
@@ -114,9 +110,7 @@ class GrammarCompiler:
             self._remember(job, outcome)
             return outcome
         # Not cached: the machine may only have been busy.
-        return Outcome(
-            reason=f"{outcome.reason} {self._timeout:g} s (option.guided_decoding_timeout): make it simpler"
-        )
+        return Outcome(reason=f"{outcome.reason} {self._timeout:g} s (option.guided_decoding_timeout): make it simpler")
 
     async def _ask(self, worker: Worker, job: Job) -> Outcome:
         self._busy.add(worker)
@@ -178,9 +172,7 @@ class Worker:
         if self._child is not None:
             return
         try:
-            self._child = await Child.start(
-                self._module, "plain", Log(worker_log, logging.WARNING, bounded=True)
-            )
+            self._child = await Child.start(self._module, "plain", Log(worker_log, logging.WARNING, bounded=True))
             async with asyncio.timeout(START_SECONDS):
                 self._child.send(msgspec.msgpack.encode(vocabulary))
                 await self._child.receive()

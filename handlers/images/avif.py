@@ -146,9 +146,7 @@ def _check_properties(data: bytes, meta: dict[bytes, _Box], max_pixels: int, par
     return largest
 
 
-def _contents(
-    data: bytes, meta: dict[bytes, _Box], parts: Iterator[None]
-) -> Iterator[tuple[int, memoryview]]:
+def _contents(data: bytes, meta: dict[bytes, _Box], parts: Iterator[None]) -> Iterator[tuple[int, memoryview]]:
     """Yield (number, content) of each item whose position is known."""
     reader = _Reader(data, *meta[b"iloc"][1:])
     version = reader.number(1)

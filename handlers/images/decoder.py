@@ -217,9 +217,7 @@ def _damaged(data: bytes, part: str, error: Exception) -> str:
             return "it is a web page, not an image"
         if b"<svg" in data[:1024]:
             return NO_SVG
-        return (
-            f"its data is not in a supported format ({', '.join(FORMATS)})" if data else "its file is empty"
-        )
+        return f"its data is not in a supported format ({', '.join(FORMATS)})" if data else "its file is empty"
     if part != "header" and "truncated" in str(error):
         return f"its {kind} data is truncated: the image is not complete"
     return f"its {kind} {part} is truncated or damaged"

@@ -260,9 +260,7 @@ class DecoderPool:
         if code == -signal.SIGKILL:  # sent by the system, short of memory, or by somebody: no image does that
             self.killed += 1
             logger.warning("an image decoder was killed at work; it is replaced")
-            return _DecoderLost(
-                "an image could not be decoded: its decoder was killed; try again", retry_after=5
-            )
+            return _DecoderLost("an image could not be decoded: its decoder was killed; try again", retry_after=5)
         self.died += 1
         if code == -signal.SIGPROF:
             return ImageProblem(
@@ -378,9 +376,7 @@ class DecoderPool:
     def _fail_waiting(self) -> None:
         for turn in self._waiting:
             if not turn.done():
-                turn.set_exception(
-                    Unavailable("images cannot be decoded now; the log says why", retry_after=5)
-                )
+                turn.set_exception(Unavailable("images cannot be decoded now; the log says why", retry_after=5))
         self._waiting.clear()
 
     def _task(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:

@@ -128,9 +128,7 @@ def _entries(file: memoryview) -> Iterator[tuple[str, _Entry]]:
     for _ in range(count):
         if at + _DIRECTORY_ENTRY.size > end:
             raise BadTensorFile("its directory is cut short")
-        signature, _, _, flags, method, _, _, crc, packed, size, *rest = _DIRECTORY_ENTRY.unpack_from(
-            file, at
-        )
+        signature, _, _, flags, method, _, _, crc, packed, size, *rest = _DIRECTORY_ENTRY.unpack_from(file, at)
         name_length, extra, note, _, _, _, offset = rest
         if signature != b"PK\1\2":
             raise BadTensorFile("its directory is damaged")

@@ -246,9 +246,7 @@ class Fetcher:
                 raise ImageProblem(f"its host answered with HTTP status {response.status}", ImageFetchFailed)
             network.begin_body(self._limits.max_bytes)
             pieces = await self._pieces(response, fields.get(b"content-length", b"0"))
-            encoding = b",".join(
-                value for name, value in response.headers if name.lower() == b"content-encoding"
-            )
+            encoding = b",".join(value for name, value in response.headers if name.lower() == b"content-encoding")
             return Body(pieces, codings_of(encoding))
 
     async def _pieces(self, response: httpcore.Response, length: bytes) -> list[bytes]:

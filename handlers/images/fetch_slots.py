@@ -302,9 +302,7 @@ def site_of(host: str) -> str:
 @dataclass(slots=True, eq=False)
 class _Waiting:
     claim: Claim
-    turn: asyncio.Future[ExitStack] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
+    turn: asyncio.Future[ExitStack] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 _Queue: TypeAlias = "OrderedDict[Hashable, deque[_Waiting]]"

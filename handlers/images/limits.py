@@ -169,9 +169,7 @@ class _Waiting:
 
     images: Sequence[Wanted]
     passes: int = 0
-    turn: asyncio.Future[list[Share]] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
+    turn: asyncio.Future[list[Share]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 @dataclass(slots=True, eq=False)
@@ -193,9 +191,7 @@ class DecodedCache:
         self._alive: WeakValueDictionary[bytes, LoadedImage] = WeakValueDictionary()
         self._decoding: dict[bytes, _Decoding] = {}
 
-    async def obtain(
-        self, digest: bytes, decode: Callable[[], Coroutine[Any, Any, Image]]
-    ) -> tuple[LoadedImage, bool]:
+    async def obtain(self, digest: bytes, decode: Callable[[], Coroutine[Any, Any, Image]]) -> tuple[LoadedImage, bool]:
         """Return the image of that digest, and whether this call decoded it.
 
         Raises what `decode` raises. Decoding is cancelled when all who wait for it have been cancelled.

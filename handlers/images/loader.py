@@ -88,9 +88,7 @@ class ImageLoader:
         self._reading = [threading.Lock() for _ in range(64)]
         self._closed = False
 
-    async def load(
-        self, parts: Sequence[MediaPart], deadline: float | None = None, first_index: int = 0
-    ) -> None:
+    async def load(self, parts: Sequence[MediaPart], deadline: float | None = None, first_index: int = 0) -> None:
         """Set `loaded` of every part of one prompt, all at the same time; the caller must `release` each part.
 
         Nothing is decoded before the memory budget allows all of them (see `ImageMemory`). If one fails, the
@@ -142,19 +140,14 @@ class ImageLoader:
         for (_, part), share in zip(wanted, shares, strict=True):
             part.share = share
         loaded, failed = await _until_one_fails(
-            [
-                self._in_time(index, deadline, source.decode)
-                for (index, _), source in zip(wanted, sources, strict=True)
-            ]
+            [self._in_time(index, deadline, source.decode) for (index, _), source in zip(wanted, sources, strict=True)]
         )
         if failed is not None:
             raise failed
         for (_, part), result in zip(wanted, loaded, strict=True):
             part.loaded = result
 
-    async def _in_time(
-        self, index: int, deadline: float | None, work: Callable[..., Awaitable[T]], *given: Any
-    ) -> T:
+    async def _in_time(self, index: int, deadline: float | None, work: Callable[..., Awaitable[T]], *given: Any) -> T:
         limit = asyncio.timeout(None if deadline is None else max(0.0, deadline - time.monotonic()))
         try:
             async with limit:
@@ -254,9 +247,7 @@ _STANDARD = bytes.maketrans(b"-_", b"+/")
 """Translates the URL-safe alphabet to the standard one."""
 
 _PERCENT = ord("%")
-_HEX = np.array(
-    [int(chr(code), 16) if chr(code) in string.hexdigits else 255 for code in range(256)], np.uint8
-)
+_HEX = np.array([int(chr(code), 16) if chr(code) in string.hexdigits else 255 for code in range(256)], np.uint8)
 
 
 def is_data_url(url: str) -> bool:

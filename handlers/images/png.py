@@ -51,9 +51,7 @@ def reduced(data: bytes, max_pixels: int) -> Pieces | None:
             break
         elif name == b"IHDR" or (name == b"PLTE" and colour == 3):
             if name not in seen and not _intact(chunk):
-                raise ImageProblem(
-                    f"its PNG data is damaged: the checksum of its {name.decode()} chunk is wrong"
-                )
+                raise ImageProblem(f"its PNG data is damaged: the checksum of its {name.decode()} chunk is wrong")
             if name not in seen:
                 pieces.append(chunk)
             seen.add(name)

@@ -105,9 +105,7 @@ def check_scheme(url: str) -> None:
     if scheme is not None:
         raise ImageProblem(f"{scheme[1].lower()}: URLs are refused; send an http:, https: or data: URL")
     if BASE64.match(url[:256]):
-        raise ImageProblem(
-            "its URL has no scheme; if it is base64, write data:image/jpeg;base64, in front of it"
-        )
+        raise ImageProblem("its URL has no scheme; if it is base64, write data:image/jpeg;base64, in front of it")
     raise ImageProblem("its URL has no scheme; send an http:, https: or data: URL")
 
 

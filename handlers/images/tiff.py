@@ -80,9 +80,7 @@ class _Layout:
         return self.order + ("Q" if self.big else "H")
 
     def entry(self, tag: int, kind: int, count: int, value: bytes) -> bytes:
-        return struct.pack(self.order + "HH" + self.word, tag, kind, count) + value.ljust(
-            8 if self.big else 4, b"\0"
-        )
+        return struct.pack(self.order + "HH" + self.word, tag, kind, count) + value.ljust(8 if self.big else 4, b"\0")
 
 
 def size(data: bytes) -> Size:

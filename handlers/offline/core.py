@@ -87,9 +87,7 @@ class Core:
         if images and not capabilities.images:
             raise InvalidRequest("this model does not take images")
         if len(images) > self._max_images:
-            raise InvalidRequest(
-                f"the prompt has {len(images)} images; limit_mm_per_prompt allows {self._max_images}"
-            )
+            raise InvalidRequest(f"the prompt has {len(images)} images; limit_mm_per_prompt allows {self._max_images}")
 
     def image_tokens(self, part: MediaPart) -> ImageTokens:
         """Return the tokens that an image becomes in a prompt. Raises ImageError."""
@@ -110,9 +108,7 @@ class Core:
         if not self._loop.usable:
             raise RuntimeError("this LLM is closed, or belongs to the process that was forked")
         ready: queue.SimpleQueue[tuple[int, Outcome] | Future[None]] = queue.SimpleQueue()
-        work = self._loop.start(
-            self._batch.run(requests, lambda number, outcome: ready.put((number, outcome)))
-        )
+        work = self._loop.start(self._batch.run(requests, lambda number, outcome: ready.put((number, outcome))))
         work.add_done_callback(ready.put)
         try:
             while not isinstance(item := ready.get(), Future):

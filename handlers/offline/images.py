@@ -77,9 +77,7 @@ class PromptImages:
     counted: slow; returns the tokens that an image becomes. feature_size: the value of `image_feature_size`.
     """
 
-    def __init__(
-        self, model_path: Path, counted: Callable[[MediaPart], ImageTokens], feature_size: int | None
-    ) -> None:
+    def __init__(self, model_path: Path, counted: Callable[[MediaPart], ImageTokens], feature_size: int | None) -> None:
         self._path = model_path
         self._counted = counted
         self._feature_size = feature_size
@@ -172,12 +170,7 @@ class PromptImages:
         config = read_model_config(self._path) or {}
         wide = weights.get("linear_1.weight")
         family = family_of(str(config.get("model_type")))
-        if (
-            wide is None
-            or family is None
-            or not family.preprocessor
-            or not family.preprocessor.takes_features
-        ):
+        if wide is None or family is None or not family.preprocessor or not family.preprocessor.takes_features:
             raise ImageError(index, "features are taken by Llava only: give the image itself, or embeddings")
         if features.shape[1] != wide.shape[1]:
             raise ImageError(
@@ -226,9 +219,7 @@ def _items(given: Any) -> list[Any]:
         raise InvalidRequest('multi_modal_data must be a dict: {"image": image or list of images}')
     for modality, items in given.items():
         if modality != "image" and items is not None and not (isinstance(items, list) and not items):
-            raise InvalidRequest(
-                f"multi_modal_data: {str(modality)[:40]!r} is not supported; allowed: 'image'"
-            )
+            raise InvalidRequest(f"multi_modal_data: {str(modality)[:40]!r} is not supported; allowed: 'image'")
     items = given.get("image")
     if items is None:
         return []
@@ -244,9 +235,7 @@ def _items(given: Any) -> list[Any]:
 def _embeddings(given: Mapping[str, Any]) -> list[Any]:
     """Read vLLM's form for models that need to know how the patches are arranged."""
     if unknown := [str(name)[:40] for name in given if name not in (EMBEDDINGS, GRID)]:
-        raise InvalidRequest(
-            f"multi_modal_data: {unknown[0]!r} is not supported; allowed: {EMBEDDINGS}, {GRID}"
-        )
+        raise InvalidRequest(f"multi_modal_data: {unknown[0]!r} is not supported; allowed: {EMBEDDINGS}, {GRID}")
     rows, grids = _array(given.get(EMBEDDINGS)), _array(given.get(GRID))
     if rows is None or rows.ndim not in (2, 3):
         raise InvalidRequest(f"multi_modal_data: {EMBEDDINGS} must be an array of tokens x hidden size")

@@ -237,9 +237,7 @@ class LLM:
                 if result.error is not None and strict:
                     raise result.error
                 tokens += sum(len(output.token_ids) for output in result.outputs)
-                progress.set_postfix_str(
-                    f"{tokens / max(1e-9, time.monotonic() - began):.0f} tokens/s", refresh=False
-                )
+                progress.set_postfix_str(f"{tokens / max(1e-9, time.monotonic() - began):.0f} tokens/s", refresh=False)
                 progress.update()
         complete = [result for result in results if result is not None]
         errors = [result.error for result in complete if result.error is not None]
@@ -303,9 +301,7 @@ def _one_each(name: str, given: Any, count: int, kind: type) -> list[Any]:
         return [given] * count
     several = list(given)
     if len(several) != count or not all(isinstance(one, kind) for one in several):
-        raise ValueError(
-            f"{name}: give one {kind.__name__}, or a list of {count}, as many as there are prompts"
-        )
+        raise ValueError(f"{name}: give one {kind.__name__}, or a list of {count}, as many as there are prompts")
     return several
 
 

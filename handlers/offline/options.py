@@ -123,9 +123,7 @@ def _unknown(configuration: Configuration) -> list[str]:
 
 def _resolve(model: str, options: list[str]) -> Configuration:
     try:
-        return resolve(
-            model=model, environ=os.environ, options=options, backend_options=engine_argument_names()
-        )
+        return resolve(model=model, environ=os.environ, options=options, backend_options=engine_argument_names())
     except ConfigurationError as error:
         told = [
             replace(problem, message=problem.message.replace("--option ", "LLM's argument "))

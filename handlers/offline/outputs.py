@@ -125,6 +125,4 @@ def _completion(index: int, answer: Answer) -> CompletionOutput:
 
 
 def _candidates(entry: PositionLogprobs) -> dict[int, Logprob]:
-    return {
-        token.token_id: Logprob(token.logprob, token.rank, token.text) for token in (entry.chosen, *entry.top)
-    }
+    return {token.token_id: Logprob(token.logprob, token.rank, token.text) for token in (entry.chosen, *entry.top)}

@@ -84,9 +84,7 @@ def read_prompt(given: Any, placeholder: str | None, images: PromptImages) -> Te
         raise InvalidRequest(f"a prompt is a text, a dict or token ids, not {type(given).__name__}")
     for key in given:
         if key not in _KEYS | _IGNORED_KEYS and given[key] is not None:
-            raise InvalidRequest(
-                f"a prompt's {str(key)[:40]!r} is not supported; allowed: {', '.join(sorted(_KEYS))}"
-            )
+            raise InvalidRequest(f"a prompt's {str(key)[:40]!r} is not supported; allowed: {', '.join(sorted(_KEYS))}")
     media = images.read(given.get("multi_modal_data"))
     ids, text = given.get("prompt_token_ids"), given.get("prompt")
     if ids is not None:
@@ -118,9 +116,7 @@ def read_conversation(
     )
 
 
-def _parts(
-    text: str, given: Sequence[MediaPart], placeholder: str | None, images: PromptImages
-) -> Iterator[Part]:
+def _parts(text: str, given: Sequence[MediaPart], placeholder: str | None, images: PromptImages) -> Iterator[Part]:
     """Yield the text with each image in place of its placeholder, or all images before a text without one."""
     pattern = "|".join(_WRITTEN)
     own = list(re.finditer(re.escape(placeholder), text)) if placeholder else []
@@ -202,9 +198,7 @@ def _is_ids(given: Any) -> bool:
 
 
 def _ids(given: Any) -> list[int]:
-    ids = (
-        [int(token) for token in given] if isinstance(given, Sequence) and not isinstance(given, str) else []
-    )
+    ids = [int(token) for token in given] if isinstance(given, Sequence) and not isinstance(given, str) else []
     if not ids or not all(0 <= token <= MAX_INTEGER for token in ids):
         raise InvalidRequest("prompt_token_ids must be a list of token ids, at least one")
     return ids

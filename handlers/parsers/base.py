@@ -78,11 +78,7 @@ def joined(pieces: Iterable[Piece]) -> list[Piece]:
         if len(same) == 1 or kind in (CallStart, CallBroken):
             out += same
         elif kind is CallArguments:
-            out.append(
-                CallArguments(
-                    index, "".join(piece.text for piece in same if isinstance(piece, CallArguments))
-                )
-            )
+            out.append(CallArguments(index, "".join(piece.text for piece in same if isinstance(piece, CallArguments))))
         else:
             text = "".join(piece.text for piece in same if isinstance(piece, Content | Reasoning))
             out.append(Content(text) if kind is Content else Reasoning(text))

@@ -121,11 +121,7 @@ class PythonCall:
         """Process a character between words and strings; return -1 if it is invalid."""
         character, expects = text[at], self._expects
         opened = self._open[-1] if self._open else None
-        if (
-            opened is not None
-            and character == opened.closing
-            and expects in ("argument", "item", "key", "after")
-        ):
+        if opened is not None and character == opened.closing and expects in ("argument", "item", "key", "after"):
             return at + 1 if self._close(opened) else -1
         if expects == "(" and character == "(":
             self._open.append(_Open(")", "}"))
@@ -147,9 +143,7 @@ class PythonCall:
             return at + 1
         if expects == "after" and character == "," and opened is not None:
             opened.comma = True
-            self._expects = (
-                "item" if opened.json_closing == "]" else "argument" if len(self._open) == 1 else "key"
-            )
+            self._expects = "item" if opened.json_closing == "]" else "argument" if len(self._open) == 1 else "key"
             return at + 1
         if expects in ("value", "item"):
             return self._begin_value(character, at)

@@ -120,9 +120,7 @@ REASONING_FORMATS = {
 }
 
 
-def answer_formats(
-    tools: str | None = None, auto: bool = False, reasoning: str | None = None
-) -> AnswerFormats:
+def answer_formats(tools: str | None = None, auto: bool = False, reasoning: str | None = None) -> AnswerFormats:
     """Return the formats for `option.tool_call_parser`, `enable_auto_tool_choice` and `reasoning_parser`."""
     return AnswerFormats(
         tools=None if tools is None else TOOL_FORMATS[tools],

@@ -120,12 +120,8 @@ def _of_model(path: Path, otherwise: object) -> ChatTemplates:
     Without tools the processor's default takes precedence, as images need it; with tools the tokenizer's templates do,
     as a processor has no template for them. Of the tokenizer, separate files win over the entry in its configuration.
     """
-    tokenizer = (
-        _files(path) or _entry(path, "tokenizer_config.json") or _named(otherwise, "the code for the model")
-    )
-    has_processor = any(
-        (path / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")
-    )
+    tokenizer = _files(path) or _entry(path, "tokenizer_config.json") or _named(otherwise, "the code for the model")
+    has_processor = any((path / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
     processor = _processors(path) if has_processor or not tokenizer else {}
     named = {**processor, **tokenizer}
     default = processor.get(DEFAULT, tokenizer.get(DEFAULT))

@@ -20,9 +20,7 @@ def read_generation_config(path: str) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise ModelLoadError(
-            f"generation_config.json of the model cannot be read: {one_line(error)}"
-        ) from error
+        raise ModelLoadError(f"generation_config.json of the model cannot be read: {one_line(error)}") from error
 
 
 def read_eos_token_ids(generation: dict[str, Any], text_config: Any, tokenizer: Any) -> tuple[int, ...]:
@@ -78,15 +76,11 @@ def read_default_sampling(generation: dict[str, Any]) -> dict[str, float | int]:
         if _allowed(name, value):
             found[name] = value
         else:
-            log.warning(
-                "generation_config.json: %s = %.40r is not used: no such value is allowed", field, value
-            )
+            log.warning("generation_config.json: %s = %.40r is not used: no such value is allowed", field, value)
     if generation.get("do_sample") is False:
         found["temperature"] = 0.0
     if unread := [field for field in _UNREAD if _changes(field, generation.get(field))]:
-        log.warning(
-            "generation_config.json: these fields have no effect on this server: %s", ", ".join(unread)
-        )
+        log.warning("generation_config.json: these fields have no effect on this server: %s", ", ".join(unread))
     return found
 
 

@@ -177,9 +177,7 @@ class PromptRenderer:
         # A processor's rule: what starts with BOS has all its special tokens, anything else gets them added.
         # A tokenizer alone (a model without images) adds none to a rendered template.
         starts_with_bos = bool(self._bos) and rendered.startswith(self._bos)
-        add_special_tokens = (
-            self.image_token_id is not None and self._adds_special_tokens and not starts_with_bos
-        )
+        add_special_tokens = self.image_token_id is not None and self._adds_special_tokens and not starts_with_bos
         if prompt.add_special_tokens is not None:
             add_special_tokens = prompt.add_special_tokens
         return self._encoded(rendered, hidden, n_images, add_special_tokens, spans)
@@ -192,8 +190,7 @@ class PromptRenderer:
             self._require_room(len(prompt.token_ids), "tokens")
             return self._counted(self._decoded(prompt.token_ids), list(prompt.token_ids), n_images)
         pieces = [
-            hidden.text(part.text) if isinstance(part, TextPart) else self.placeholder or ""
-            for part in prompt.parts
+            hidden.text(part.text) if isinstance(part, TextPart) else self.placeholder or "" for part in prompt.parts
         ]
         text, add_special_tokens = "".join(pieces), prompt.add_special_tokens and self._adds_special_tokens
         if self._preprocessor is not None:
@@ -208,16 +205,12 @@ class PromptRenderer:
     def _apply(self, template: str, source: TemplateSource, prompt: ChatPrompt, hidden: Hidden) -> str:
         parts = (self._forced_format if self._forced_format != "auto" else source.content_format) == "openai"
         if prompt.continue_final_message and not _ends_with_text(prompt):
-            raise InvalidRequest(
-                "there is no text to continue in the last message", param="continue_final_message"
-            )
+            raise InvalidRequest("there is no text to continue in the last message", param="continue_final_message")
         wanted = self._settable(source)
         if unread := prompt.template_kwargs.keys() - wanted:
             log.debug("chat template variables that the template does not read: %s", sorted(unread))
         try:
-            messages = [
-                self._message(message, hidden, parts, source.accepts_strings) for message in prompt.messages
-            ]
+            messages = [self._message(message, hidden, parts, source.accepts_strings) for message in prompt.messages]
             rendered = self._tokenizer.apply_chat_template(
                 messages,
                 tools=hidden.value(prompt.tools) if prompt.tools else None,
@@ -225,29 +218,19 @@ class PromptRenderer:
                 add_generation_prompt=prompt.add_generation_prompt,
                 continue_final_message=prompt.continue_final_message,
                 tokenize=False,
-                **{
-                    name: hidden.value(value)
-                    for name, value in prompt.template_kwargs.items()
-                    if name in wanted
-                },
+                **{name: hidden.value(value) for name, value in prompt.template_kwargs.items() if name in wanted},
             )
         except jinja2.TemplateError as error:
-            raise InvalidRequest(
-                _reason("the chat template refuses the messages", error), param="messages"
-            ) from error
+            raise InvalidRequest(_reason("the chat template refuses the messages", error), param="messages") from error
         except ValueError as error:
             if not prompt.continue_final_message:
-                raise InvalidRequest(
-                    "the chat template cannot render these messages", param="messages"
-                ) from error
+                raise InvalidRequest("the chat template cannot render these messages", param="messages") from error
             raise InvalidRequest(
                 "the chat template does not end with the last message's text, so it cannot be continued",
                 param="continue_final_message",
             ) from error
         except Exception as error:
-            raise InvalidRequest(
-                "the chat template cannot render these messages", param="messages"
-            ) from error
+            raise InvalidRequest("the chat template cannot render these messages", param="messages") from error
         return str(rendered)
 
     def _message(self, message: Message, hidden: Hidden, parts: bool, strings: bool) -> dict[str, Any]:
@@ -261,9 +244,7 @@ class PromptRenderer:
             texts = [hidden.text(p.text, alone=True) for p in message.parts if isinstance(p, TextPart)]
             turn["content"] = _Result("\n".join(texts))
         elif strings and _is_plain(message):
-            turn["content"] = "".join(
-                hidden.text(p.text, alone=True) for p in message.parts if isinstance(p, TextPart)
-            )
+            turn["content"] = "".join(hidden.text(p.text, alone=True) for p in message.parts if isinstance(p, TextPart))
         else:
             turn["content"] = [
                 {"type": "text", "text": hidden.text(part.text, alone=True)}
@@ -290,9 +271,7 @@ class PromptRenderer:
         before, after = ([], []) if self._preprocessor is None else self._preprocessor.around(n_images)
         add_special_tokens = add_special_tokens and not before
         if self._texts_apart and self.placeholder is not None:
-            ids, spans = self._ids_apart(
-                rendered.split(self.placeholder), hidden, add_special_tokens, with_spans
-            )
+            ids, spans = self._ids_apart(rendered.split(self.placeholder), hidden, add_special_tokens, with_spans)
         else:
             ids, spans = self._ids(rendered, hidden, add_special_tokens, with_spans)
         if len(ids) > 1 and ids[0] == ids[1] == self._tokenizer.bos_token_id:

@@ -275,9 +275,7 @@ class TokenTexts:
             self._texts[token_id] = text
         return text
 
-    def detokenizer(
-        self, params: RequestSampling, *, prime: Sequence[int] = (), new_text: bool = False
-    ) -> Detokenizer:
+    def detokenizer(self, params: RequestSampling, *, prime: Sequence[int] = (), new_text: bool = False) -> Detokenizer:
         """Return a detokenizer for one answer. prime, new_text: see `Detokenizer`."""
         return Detokenizer(
             self._backend,

@@ -74,9 +74,7 @@ def _no_number(word: str) -> float:
     raise ValueError(word)
 
 
-_HUGE = json.JSONDecoder(
-    object_pairs_hook=_finite, parse_int=_number, parse_float=_number, parse_constant=_no_number
-)
+_HUGE = json.JSONDecoder(object_pairs_hook=_finite, parse_int=_number, parse_float=_number, parse_constant=_no_number)
 
 
 def read_body(
@@ -140,9 +138,7 @@ def convert(body: dict[str, Any], shape: type[T], *, under: str = "") -> T:
         path = ".".join(filter(None, [under, found["path"]]))
         what = _EXPECTED.sub(_in_json_words, found["what"][:1].lower() + found["what"][1:])
         where = f"{path}: " if path else ""
-        raise InvalidRequest(
-            f"{where}{'a key: ' if found['key'] else ''}{what}", param=path or None
-        ) from None
+        raise InvalidRequest(f"{where}{'a key: ' if found['key'] else ''}{what}", param=path or None) from None
 
 
 def _cut(message: str) -> str:
@@ -162,9 +158,7 @@ def shown_value(value: object) -> str:
     return repr(value[:40]) if isinstance(value, str) else kind_of(value)
 
 
-def refuse_unknown(
-    fields: Mapping[str, Any], known: Collection[str], where: str, *, param: str | None = None
-) -> None:
+def refuse_unknown(fields: Mapping[str, Any], known: Collection[str], where: str, *, param: str | None = None) -> None:
     """Raise InvalidRequest for a key that is not read, where ignoring it would silently change the answer.
 
     Keys whose value is null count as absent. where: the object's path. param: the error's, if it is not `where`.

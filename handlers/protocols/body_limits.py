@@ -199,9 +199,7 @@ def _count_outside(piece: bytes, inside: bool, count: BodyCount) -> bool:
     letters = np.frombuffer(piece + b" " * (-len(piece) % 64), np.uint8)
     within = _bits(letters, b'"')
     for shift in _SHIFTS:
-        within ^= (
-            within << shift
-        )  # now a bit says whether the quotes up to it are odd, counted from its word's first
+        within ^= within << shift  # now a bit says whether the quotes up to it are odd, counted from its word's first
     odd = np.bitwise_xor.accumulate(within >> _LAST_BIT)
     before = np.concatenate((odd[:1] & _NONE, odd[:-1]))
     if inside:

@@ -95,9 +95,7 @@ _RECOGNISED = 20
 def own_words_of(error: ServingError) -> str:
     """Return the error's message with `…` for everything that is not the program's own."""
     if isinstance(error, Unavailable):
-        return (
-            error.message
-        )  # says how the server is, nothing of the client's; and is the first while it loads
+        return error.message  # says how the server is, nothing of the client's; and is the first while it loads
     message = _without_libraries(error.message[:_LONGEST], error)
     words = _QUOTED.sub(_CUT, message).split()
     return " ".join(word if _is_own(word) else _CUT + word[-1] * (word[-1] in ",;:.") for word in words)

@@ -116,9 +116,7 @@ _ALIASES = {
     "dynatemp_high": "dynatemp_max",
     "custom_token_bans": "bad_words_token_ids",
 }
-_NAMES = tuple(
-    name for name in SamplerFields.__struct_fields__ if name in set(RequestSampling.__struct_fields__)
-)
+_NAMES = tuple(name for name in SamplerFields.__struct_fields__ if name in set(RequestSampling.__struct_fields__))
 
 
 def sampler_values(asked: SamplerFields) -> dict[str, Any]:
@@ -187,9 +185,7 @@ def _texts(text: str) -> tuple[str, ...]:
     try:
         found = msgspec.json.decode(text if text.lstrip().startswith("[") else f"[{text}]", type=_Texts)
     except msgspec.MsgspecError:
-        raise InvalidRequest(
-            "dry_sequence_breakers: send a list of texts", param="dry_sequence_breakers"
-        ) from None
+        raise InvalidRequest("dry_sequence_breakers: send a list of texts", param="dry_sequence_breakers") from None
     return tuple(found)
 
 
@@ -212,9 +208,7 @@ MOST_CHOICES = MAX_BYTES // 4
 """The most choices: each takes at least a letter, its quotes and a comma."""
 
 _SPACE = r"[ \t\n\r]"
-_WHITESPACE = re.compile(
-    r"(?:[ \t\n\r?*+|()\[\]]|\(\?:|\\[nrts ]|\\x(?:20|0[9aAdD])|\{[0-9]{0,3}(?:,[0-9]{0,3})?\})*"
-)
+_WHITESPACE = re.compile(r"(?:[ \t\n\r?*+|()\[\]]|\(\?:|\\[nrts ]|\\x(?:20|0[9aAdD])|\{[0-9]{0,3}(?:,[0-9]{0,3})?\})*")
 
 
 def read_constraint(
@@ -363,16 +357,10 @@ def _of_object(constraint: Constraint, kind: str) -> Constraint:
 
 
 def _choice(given: object, where: str, param: str) -> Constraint:
-    if (
-        not isinstance(given, list)
-        or not given
-        or not all(isinstance(choice, str) and choice for choice in given)
-    ):
+    if not isinstance(given, list) or not given or not all(isinstance(choice, str) and choice for choice in given):
         raise InvalidRequest(f"{where} must be a list of texts, none of them empty", param=param)
     if len(given) > MOST_CHOICES:
-        raise InvalidRequest(
-            f"{where} has {len(given)} entries; allowed: at most {MOST_CHOICES}", param=param
-        )
+        raise InvalidRequest(f"{where} has {len(given)} entries; allowed: at most {MOST_CHOICES}", param=param)
     text = msgspec.json.encode(list(dict.fromkeys(given))).decode()
     _check_size(text, where, param)
     return Constraint("choice", text, param)
@@ -391,11 +379,7 @@ def _with_whitespace(constraint: Constraint, pattern: object, where: str) -> Con
         return constraint
     if constraint.kind not in ("json_schema", "json_object"):
         raise InvalidRequest(f"{where} goes with a JSON schema only", param=constraint.param)
-    if (
-        not isinstance(pattern, str)
-        or len(pattern) > MAX_WHITESPACE_PATTERN
-        or not _WHITESPACE.fullmatch(pattern)
-    ):
+    if not isinstance(pattern, str) or len(pattern) > MAX_WHITESPACE_PATTERN or not _WHITESPACE.fullmatch(pattern):
         raise InvalidRequest(
             f"{where} must be a regular expression of white space alone, such as '[ \\n]?', of at most "
             f"{MAX_WHITESPACE_PATTERN} characters",

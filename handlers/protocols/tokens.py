@@ -161,9 +161,7 @@ async def _tokenize(service: Service, incoming: Incoming) -> Reply:
     return await service.reply(incoming, partial(_tokens, service))
 
 
-async def _tokens(
-    service: Service, body: dict[str, Any], incoming: Incoming, facts: RequestFacts, long: bool
-) -> Reply:
+async def _tokens(service: Service, body: dict[str, Any], incoming: Incoming, facts: RequestFacts, long: bool) -> Reply:
     """Answer with the tokens of a prompt. long: reading the body takes long."""
     given = (body, service.context, incoming)
     task = await asyncio.to_thread(read_tokenize, *given) if long else read_tokenize(*given)
@@ -195,9 +193,7 @@ async def _detokenize(service: Service, incoming: Incoming) -> Reply:
     return await service.reply(incoming, partial(_text, service))
 
 
-async def _text(
-    service: Service, body: dict[str, Any], incoming: Incoming, facts: RequestFacts, long: bool
-) -> Reply:
+async def _text(service: Service, body: dict[str, Any], incoming: Incoming, facts: RequestFacts, long: bool) -> Reply:
     """Answer with the text of tokens. long: reading the body takes long."""
     read = partial(convert, body, TokensToText)
     asked = await asyncio.to_thread(read) if long else read()
@@ -231,9 +227,7 @@ def _noted(reply: Reply, facts: RequestFacts) -> Reply:
 def _written(task: TokenTask, found: TokenizedPrompt) -> bytes:
     if task.keep is not None:
         keep = slice(max(0, len(found.token_ids) - task.keep), None)
-        found = replace(
-            found, token_ids=found.token_ids[keep], pieces=found.pieces[keep], spans=found.spans[keep]
-        )
+        found = replace(found, token_ids=found.token_ids[keep], pieces=found.pieces[keep], spans=found.spans[keep])
     return task.write(found)
 
 
@@ -252,9 +246,7 @@ def _chat_tokens(found: TokenizedPrompt) -> bytes:
 def _simple_tokens(found: TokenizedPrompt) -> list[SimpleToken]:
     at = None if found.text.isascii() else [0, *accumulate(len(c.encode()) for c in found.text)]
     return [
-        SimpleToken(
-            token_id, found.text[start:stop], *((start, stop) if at is None else (at[start], at[stop]))
-        )
+        SimpleToken(token_id, found.text[start:stop], *((start, stop) if at is None else (at[start], at[stop])))
         for token_id, (start, stop) in zip(found.token_ids, found.spans, strict=True)
     ]
 

@@ -16,12 +16,7 @@ Entry = tuple[int, int, int, bytes]
 
 def chunk(name: bytes, content: bytes) -> bytes:
     """Of PNG."""
-    return (
-        struct.pack(">I", len(content))
-        + name
-        + content
-        + struct.pack(">I", zlib.crc32(content, zlib.crc32(name)))
-    )
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(content, zlib.crc32(name)))
 
 
 def png(
@@ -67,9 +62,7 @@ def vp8x(width: int, height: int, flags: int) -> bytes:
 
 def gif(width: int, height: int, *parts: bytes, palette: bytes = b"\0\0\0\xff\xff\xff") -> bytes:
     bits = (len(palette) // 3).bit_length() - 2
-    return (
-        b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80 | bits, 0, 0) + palette + b"".join(parts) + b";"
-    )
+    return b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80 | bits, 0, 0) + palette + b"".join(parts) + b";"
 
 
 def gif_frame(width: int, height: int, blocks: bytes, left: int = 0, top: int = 0) -> bytes:
@@ -79,9 +72,7 @@ def gif_frame(width: int, height: int, blocks: bytes, left: int = 0, top: int = 
 
 def sub_blocks(content: bytes, size: int = 255) -> bytes:
     return (
-        b"".join(
-            bytes([len(content[i : i + size])]) + content[i : i + size] for i in range(0, len(content), size)
-        )
+        b"".join(bytes([len(content[i : i + size])]) + content[i : i + size] for i in range(0, len(content), size))
         + b"\0"
     )
 
@@ -193,8 +184,7 @@ def avif(
         for index, (number, _, _) in enumerate(items)
     )
     infos = b"".join(
-        full_box(b"infe", struct.pack(">HH4s", number, 0, kind), b"\0", version=2)
-        for number, kind, _ in items
+        full_box(b"infe", struct.pack(">HH4s", number, 0, kind), b"\0", version=2) for number, kind, _ in items
     )
 
     def whole(start: int) -> bytes:

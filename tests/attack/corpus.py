@@ -58,9 +58,7 @@ def _set(rng: random.Random, body: bytearray) -> None:
 
 def _length(rng: random.Random, body: bytearray) -> None:
     size = rng.choice((2, 4, 8))
-    value = rng.choice(
-        (0, 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1, rng.getrandbits(64))
-    )
+    value = rng.choice((0, 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1, rng.getrandbits(64)))
     at = _place(rng, body)
     body[at : at + size] = (value % 2 ** (8 * size)).to_bytes(size, rng.choice(("big", "little")))
 

@@ -58,9 +58,7 @@ def _png_of(*before: bytes, after: bytes = b"", pixels: bytes = bytes((16 * 3 + 
     return png(16, 16, *before, body=chunk(b"IDAT", zlib.compress(pixels)) + after)
 
 
-def _zeros_png(
-    width: int, height: int, depth: int, colour: int, *before: bytes, interlaced: int = 0
-) -> bytes:
+def _zeros_png(width: int, height: int, depth: int, colour: int, *before: bytes, interlaced: int = 0) -> bytes:
     """All samples zero, which deflate packs a thousand times."""
     samples = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
     size = (-(-width * depth * samples // 8) + 1) * height
@@ -76,9 +74,7 @@ def _zeros_png(
 
 
 def _lossless_webp(width: int, height: int, alpha: bool = False) -> bytes:
-    data = encoded(
-        Image.new("RGBA" if alpha else "RGB", (width, height)), "WEBP", lossless=True, quality=0, method=0
-    )
+    data = encoded(Image.new("RGBA" if alpha else "RGB", (width, height)), "WEBP", lossless=True, quality=0, method=0)
     return data
 
 
@@ -90,9 +86,7 @@ def _anmf(width: int, height: int, frame: bytes) -> bytes:
     def three(value: int) -> bytes:
         return value.to_bytes(3, "little")
 
-    return riff(
-        b"ANMF", three(0) + three(0) + three(width - 1) + three(height - 1) + three(1) + b"\0" + frame
-    )
+    return riff(b"ANMF", three(0) + three(0) + three(width - 1) + three(height - 1) + three(1) + b"\0" + frame)
 
 
 def _animated_webp(canvas: tuple[int, int], frames: int) -> bytes:
@@ -155,9 +149,7 @@ GENERATORS: dict[str, Callable[[], bytes]] = {
     "JPEG of 120,000 tiny segments": lambda: jpeg(_JPEG, segment(0xE5) * 120_000),
     "JPEG of 120 long comments": lambda: jpeg(_JPEG, segment(0xFE, bytes(65_533)) * 120),
     "JPEG of 100,000 quantization tables": lambda: jpeg(_JPEG, segment(0xDB, b"\0" + b"\1" * 64) * 100_000),
-    "JPEG of one segment of quantization tables": lambda: jpeg(
-        _JPEG, segment(0xDB, (b"\0" + b"\1" * 64) * 1000) * 100
-    ),
+    "JPEG of one segment of quantization tables": lambda: jpeg(_JPEG, segment(0xDB, (b"\0" + b"\1" * 64) * 1000) * 100),
     "JPEG of 300,000 Huffman tables": lambda: jpeg(_JPEG, segment(0xC4, b"\0" + bytes(16)) * 300_000),
     "JPEG of 1,000,000 restart intervals": lambda: jpeg(_JPEG, segment(0xDD, b"\0\1") * 1_000_000),
     "JPEG of 8 MB of padding": lambda: jpeg(_JPEG, b"\xff" * 8 * MEGA),
@@ -171,12 +163,8 @@ GENERATORS: dict[str, Callable[[], bytes]] = {
         _JPEG, segment(0xED, b"Photoshop 3.0\0" + b"8BIM\3\xed\0\0\0\0\0\0" * 5000) * 100
     ),
     "JPEG of 4,000 EXIF entries": lambda: jpeg(_JPEG, segment(0xE1, b"Exif\0\0" + _exif(4000, size=17_000))),
-    "JPEG of EXIF that leads to itself": lambda: jpeg(
-        _JPEG, segment(0xE1, b"Exif\0\0" + _nested_exif(3, True))
-    ),
-    "JPEG of 1,000 directories in EXIF": lambda: jpeg(
-        _JPEG, segment(0xE1, b"Exif\0\0" + _nested_exif(1000, False))
-    ),
+    "JPEG of EXIF that leads to itself": lambda: jpeg(_JPEG, segment(0xE1, b"Exif\0\0" + _nested_exif(3, True))),
+    "JPEG of 1,000 directories in EXIF": lambda: jpeg(_JPEG, segment(0xE1, b"Exif\0\0" + _nested_exif(1000, False))),
     "JPEG of a lying number of MPF images": lambda: jpeg(
         _JPEG,
         segment(
@@ -211,9 +199,7 @@ GENERATORS: dict[str, Callable[[], bytes]] = {
     "PNG of 4,000 x 4,000 zeros, interlaced": lambda: _zeros_png(4000, 4000, 1, 0, interlaced=1),
     "PNG of 16,000,000 x 1 pixels": lambda: _zeros_png(16_000_000, 1, 1, 0),
     "PNG of 1 x 2,000,000 pixels": lambda: _zeros_png(1, 2_000_000, 8, 2),
-    "PNG of 2,147,483,647 x 2,147,483,647 pixels": lambda: png(
-        2**31 - 1, 2**31 - 1, body=chunk(b"IDAT", b"")
-    ),
+    "PNG of 2,147,483,647 x 2,147,483,647 pixels": lambda: png(2**31 - 1, 2**31 - 1, body=chunk(b"IDAT", b"")),
     "PNG of many palettes": lambda: _png_of(chunk(b"PLTE", bytes(768)) * 10_000),
     "PNG of a long palette": lambda: png(
         16, 16, chunk(b"PLTE", bytes(3 * 2**20)), body=chunk(b"IDAT", deflated_zeros(272)), colour=3
@@ -245,15 +231,11 @@ GENERATORS: dict[str, Callable[[], bytes]] = {
     "GIF of 8 MB of comments": lambda: gif(
         16, 16, b"!\xfe" + (b"\xff" + bytes(255)) * 32_000 + b"\0", gif_frame(16, 16, lzw_zeros(256))
     ),
-    "GIF of 4,000,000 blocks of a byte": lambda: gif(
-        16, 16, gif_frame(16, 16, b"\2" + b"\1\0" * 4_000_000 + b"\0")
-    ),
+    "GIF of 4,000,000 blocks of a byte": lambda: gif(16, 16, gif_frame(16, 16, b"\2" + b"\1\0" * 4_000_000 + b"\0")),
     "GIF of 1,000,000 extensions": lambda: gif(
         16, 16, b"!\xf9\4\0\0\0\0\0" * 1_000_000, gif_frame(16, 16, lzw_zeros(256))
     ),
-    "GIF of 120,000 extensions": lambda: gif(
-        16, 16, b"!\xf9\4\0\0\0\0\0" * 120_000, gif_frame(16, 16, lzw_zeros(256))
-    ),
+    "GIF of 120,000 extensions": lambda: gif(16, 16, b"!\xf9\4\0\0\0\0\0" * 120_000, gif_frame(16, 16, lzw_zeros(256))),
     "GIF of 30,000 frames": lambda: gif(16, 16, gif_frame(16, 16, lzw_zeros(256)) * 30_000),
     "GIF of 65,535 x 65,535 pixels": lambda: gif(65_535, 65_535, gif_frame(1, 1, lzw_zeros(1))),
     "GIF whose frame is far larger than its screen": lambda: gif(
@@ -269,9 +251,7 @@ GENERATORS: dict[str, Callable[[], bytes]] = {
     ),
     "BMP of run lengths, 4,000 x 4,000": lambda: bmp(4000, 4000, b"\0\0" * 4000, 8, 1, bytes(1024)),
     "BMP of run lengths of nothing": lambda: bmp(4000, 4000, b"\0\2\0\0" * 2_000_000, 8, 1, bytes(1024)),
-    "BMP of run lengths of four bits": lambda: bmp(
-        4000, 4000, (b"\xff\x12" * 16 + b"\0\0") * 4000, 4, 2, bytes(64)
-    ),
+    "BMP of run lengths of four bits": lambda: bmp(4000, 4000, (b"\xff\x12" * 16 + b"\0\0") * 4000, 4, 2, bytes(64)),
     "BMP of a negative height": lambda: bmp(16, -(2**31), bytes(256)),
     "BMP of 2^31 x 2^31 pixels": lambda: bmp(2**31 - 1, 2**31 - 1, bytes(256)),
     "BMP that is larger than its data": lambda: bmp(4000, 4000, bytes(256)),

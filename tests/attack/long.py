@@ -249,9 +249,7 @@ def attack_slowly(attack: Attack) -> None:
         measured = attack.measured(lambda _: asyncio.run(hold(24)), allowed=(192 + 50) * MB)
         figures.append(f"24 clients with 27 MB each: {shown([measured])}")
     with attack.row("heads that come byte by byte") as figures:
-        figures.append(
-            f"300 connections: {shown([attack.measured(lambda _: asyncio.run(byte_by_byte(300)))])}"
-        )
+        figures.append(f"300 connections: {shown([attack.measured(lambda _: asyncio.run(byte_by_byte(300)))])}")
 
 
 def attack_by_leaving(attack: Attack, count: int) -> None:
@@ -349,9 +347,7 @@ def attack_processes(attack: Attack) -> None:
                         victim.send_signal(number)
                     replies = await running
                     assert all(isinstance(answer, httpx.Response) for answer in replies), replies
-                    return Counter(
-                        str(answer.status_code) for answer in replies if isinstance(answer, httpx.Response)
-                    )
+                    return Counter(str(answer.status_code) for answer in replies if isinstance(answer, httpx.Response))
 
                 statuses = asyncio.run(kill())
                 assert set(statuses) <= {"200", "429", "500", "503", "408"}, statuses
@@ -411,9 +407,7 @@ def soak(attack: Attack, seconds: float) -> None:
         figures.append(
             f"{asked} requests in {seconds / 60:.1f} minutes; all processes grew by {grown / MB:.0f} MB after"
         )
-        figures.append(
-            f"{target.tree()[0].num_fds()} descriptors, {target.tree()[0].num_threads()} threads in front"
-        )
+        figures.append(f"{target.tree()[0].num_fds()} descriptors, {target.tree()[0].num_threads()} threads in front")
         assert grown < 100 * MB, f"{grown / MB:.0f} MB"
 
 
@@ -438,9 +432,7 @@ def machine() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.attack.long", description=__doc__)
     parser.add_argument("--minutes", type=float, default=20.0, help="for all of it (%(default)s)")
-    parser.add_argument(
-        "--seed", type=int, default=None, help="of mutations; random, and printed, by default"
-    )
+    parser.add_argument("--seed", type=int, default=None, help="of mutations; random, and printed, by default")
     arguments = parser.parse_args()
     seed = random.SystemRandom().randrange(2**32) if arguments.seed is None else arguments.seed
     print(f"seed {seed}; {machine()}", flush=True)
@@ -463,9 +455,7 @@ def main() -> int:
         with attack.row("forged lines of the log") as figures:
             figures.append(f"{len(target.logged())} lines, each a JSON object")
         processes = target.tree()
-    left = [
-        process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    ]
+    left = [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
     for process in left:
         attack.rows.append(Row("processes left behind", "", f"{process.pid} {process.cmdline()}"))
     print(table(attack.rows))

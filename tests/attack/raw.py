@@ -25,20 +25,8 @@ class Trick(NamedTuple):
     most: int = 1
 
 
-def _post(
-    headers: bytes, body: bytes = _BODY, path: bytes = b"/v1/chat/completions", end: bytes = b"\r\n"
-) -> bytes:
-    return (
-        b"POST "
-        + path
-        + b" HTTP/1.1"
-        + end
-        + _HOST
-        + b"Content-Type: application/json\r\n"
-        + headers
-        + end
-        + body
-    )
+def _post(headers: bytes, body: bytes = _BODY, path: bytes = b"/v1/chat/completions", end: bytes = b"\r\n") -> bytes:
+    return b"POST " + path + b" HTTP/1.1" + end + _HOST + b"Content-Type: application/json\r\n" + headers + end + body
 
 
 def _length(body: bytes = _BODY) -> bytes:
@@ -74,9 +62,7 @@ def tricks() -> Iterator[Trick]:
         b"Transfer-Encoding\x00",
         b"X\rTransfer-Encoding",
     ):
-        yield Trick(
-            f"an encoding called {name!r}", _post(name + b": chunked\r\n" + _length(), _BODY + _HIDDEN), 2
-        )
+        yield Trick(f"an encoding called {name!r}", _post(name + b": chunked\r\n" + _length(), _BODY + _HIDDEN), 2)
     yield Trick("two encodings", _post(te + b"Transfer-Encoding: identity\r\n", _chunked() + _HIDDEN))
     yield Trick("a folded header", _post(b"X-A: 1\r\n Transfer-Encoding: chunked\r\n" + _length(), _BODY))
     yield Trick("bare line feeds", _post(b"", b"").replace(b"\r\n", b"\n"))
@@ -95,9 +81,7 @@ def tricks() -> Iterator[Trick]:
     yield Trick("a chunk's overflow", _post(te, b"10000000000000000\r\n" + _BODY))
     yield Trick("a negative chunk", _post(te, b"-1\r\n" + _BODY))
     yield Trick("a chunk in 0x", _post(te, b"0x3c\r\n" + _BODY + b"\r\n0\r\n\r\n"))
-    yield Trick(
-        "a chunk's extension of 1 MB", _post(te, b"3c;" + b"a" * 2**20 + b"\r\n" + _BODY + b"\r\n0\r\n\r\n")
-    )
+    yield Trick("a chunk's extension of 1 MB", _post(te, b"3c;" + b"a" * 2**20 + b"\r\n" + _BODY + b"\r\n0\r\n\r\n"))
     yield Trick("a chunk without its end", _post(te, b"3c\r\n" + _BODY + b"XX0\r\n\r\n"))
     yield Trick("100,000 chunks of one byte", _post(te, b"1\r\n \r\n" * 100_000 + _chunked()[:]))
     yield Trick("1 MB of trailers", _post(te, _chunked()[:-2] + b"X-A: b\r\n" * 130_000 + b"\r\n"))
@@ -137,9 +121,7 @@ def tricks() -> Iterator[Trick]:
         yield Trick(f"a path of {path!r}", b"GET " + path + b" HTTP/1.1\r\n" + _HOST + b"\r\n")
     yield Trick("no host", b"GET /ping HTTP/1.1\r\n\r\n")
     yield Trick("two hosts", b"GET /ping HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n")
-    yield Trick(
-        "an injected request id", b"GET /ping HTTP/1.1\r\nHost: x\r\nX-Request-Id: a\x0bb\x1b[31m\r\n\r\n"
-    )
+    yield Trick("an injected request id", b"GET /ping HTTP/1.1\r\nHost: x\r\nX-Request-Id: a\x0bb\x1b[31m\r\n\r\n")
     yield Trick(
         "a key of 60 kB",
         b"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + b"k" * 60_000 + b"\r\n\r\n",
@@ -148,9 +130,7 @@ def tricks() -> Iterator[Trick]:
         "a key of other characters",
         b"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer \xff\xfe\xe9\r\n\r\n",
     )
-    yield Trick(
-        "ranges", b"GET /openapi.json HTTP/1.1\r\n" + _HOST + b"Range: bytes=" + b"0-," * 10_000 + b"\r\n\r\n"
-    )
+    yield Trick("ranges", b"GET /openapi.json HTTP/1.1\r\n" + _HOST + b"Range: bytes=" + b"0-," * 10_000 + b"\r\n\r\n")
     yield Trick("a compressed body", _post(b"Content-Encoding: gzip\r\n" + _length()))
 
 

@@ -145,9 +145,7 @@ def strips_tiff(width: int, rows: int, compression: int, *, shuffled: bool = Fal
     return tiff(entries, *(body[row % 256] for row in order))
 
 
-def tiled_tiff(
-    width: int, height: int, side: int, tile_side: int | None = None, *, big: bool = False
-) -> bytes:
+def tiled_tiff(width: int, height: int, side: int, tile_side: int | None = None, *, big: bool = False) -> bytes:
     """Uncompressed 8-bit grey in tiles, all of which are the same bytes."""
     count = -(-width // side) * -(-height // side)
     entries = grey_tiff(width, height) | {

@@ -44,9 +44,7 @@ def bounded(
             raise Bound(f"{measured.cpu:.1f} s of processor time; allowed: {cpu}")
 
 
-def refused_or_answered(
-    replies: Sequence[httpx.Response | httpx.HTTPError], names: Sequence[str] = ()
-) -> None:
+def refused_or_answered(replies: Sequence[httpx.Response | httpx.HTTPError], names: Sequence[str] = ()) -> None:
     for name, answer in itertools.zip_longest(names, replies):
         assert isinstance(answer, httpx.Response), (name, repr(answer))
         assert answer.status_code in {200, *REFUSALS}, (name, answer.status_code, answer.text[:300])

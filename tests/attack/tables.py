@@ -78,9 +78,7 @@ def _tiff_nested(depth: int) -> bytes:
     table = ifd([*_TINY_PAGE, (330, 13, 1, b"SUBS"), (34665, 13, 1, b"EXIF")])
     return _directories(
         depth,
-        lambda inner: table.replace(b"SUBS", struct.pack("<L", inner)).replace(
-            b"EXIF", struct.pack("<L", inner)
-        ),
+        lambda inner: table.replace(b"SUBS", struct.pack("<L", inner)).replace(b"EXIF", struct.pack("<L", inner)),
     )
 
 
@@ -145,9 +143,7 @@ def _table_count(name: bytes, at: int, value: int) -> Callable[[bytes], bytes]:
 
 def _long_sequence(samples: int) -> bytes:
     """An AVIF sequence whose tables list very many samples in very few bytes."""
-    return _avif_sequence(
-        lambda data: _table_count(b"stts", 12, samples)(_table_count(b"stsz", 12, samples)(data))
-    )
+    return _avif_sequence(lambda data: _table_count(b"stts", 12, samples)(_table_count(b"stsz", 12, samples)(data)))
 
 
 def _first_header(data: bytes) -> bytes:
@@ -200,9 +196,7 @@ TIFF_AND_AVIF: dict[str, Callable[[], bytes]] = {
     ),
     "TIFF of a huge tile": lambda: tiled_tiff(16, 16, 16, 65_536),
     "TIFF of 2^32 x 2^32 pixels": lambda: _one_strip_tiff(2**32 - 1, 2**32 - 1, 8, b"x"),
-    "TIFF of 60,000 samples": lambda: _one_strip_tiff(
-        16, 16, 8, b"x", t277=(3, [60_000]), t258=(3, [8] * 60_000)
-    ),
+    "TIFF of 60,000 samples": lambda: _one_strip_tiff(16, 16, 8, b"x", t277=(3, [60_000]), t258=(3, [8] * 60_000)),
     "TIFF of a deflate bomb": lambda: _one_strip_tiff(64, 64, 8, deflated_zeros(1000 * MEGA)),
     "TIFF of 4,000 x 4,000 zeros": lambda: _one_strip_tiff(4000, 4000, 8, deflated_zeros(16_000_000)),
     "TIFF of an LZW bomb": lambda: encoded(Image.new("L", (4000, 4000)), "TIFF", compression="tiff_lzw"),
@@ -224,9 +218,7 @@ TIFF_AND_AVIF: dict[str, Callable[[], bytes]] = {
     "AVIF of 16,000 items": lambda: _avif_items(16_000),
     "AVIF of 20,000 images": lambda: _avif_items(20_000, b"av01"),
     "AVIF of 500 nested boxes": lambda: _avif_boxes(500),
-    "AVIF of 1,000,000 boxes": lambda: avif(
-        64, 64, [(1, b"av01", av1_image(64, 64)[1])], box(b"free") * 1_000_000
-    ),
+    "AVIF of 1,000,000 boxes": lambda: avif(64, 64, [(1, b"av01", av1_image(64, 64)[1])], box(b"free") * 1_000_000),
     "AVIF of 500,000 properties": lambda: avif(
         64, 64, [(1, b"av01", av1_image(64, 64)[1])], properties=box(b"clli", b"\0\1\0\1") * 500_000
     ),
@@ -238,9 +230,7 @@ TIFF_AND_AVIF: dict[str, Callable[[], bytes]] = {
     "AVIF of 4,000 x 4,000 pixels": lambda: _avif_lying(4000, 4000),
     "AVIF of a sequence of 2^32 frames": lambda: _long_sequence(2**32 - 1),
     "AVIF of a sequence of 2,500,000 frames": lambda: _long_sequence(2_500_000),
-    "AVIF sequence of 2,500,000 frames": lambda: tracks_alone(
-        _table_count(b"stsz", 8, 1)(_long_sequence(2_500_000))
-    ),
+    "AVIF sequence of 2,500,000 frames": lambda: tracks_alone(_table_count(b"stsz", 8, 1)(_long_sequence(2_500_000))),
     "AVIF sequence that is larger than it says": lambda: tracks_alone(
         _avif_sequence(lambda data: data.replace(_first_header(data), _HUGE_HEADER))
     ),

@@ -204,9 +204,7 @@ class Target(LiveServer):
     def left_over(self, timeout: float = 60.0) -> dict[str, float]:
         """What requests that are gone still hold, by the server's own metrics."""
         reply = self.http.get("/metrics", timeout=timeout)
-        values = dict(
-            line.rsplit(" ", 1) for line in reply.text.splitlines() if line and not line.startswith("#")
-        )
+        values = dict(line.rsplit(" ", 1) for line in reply.text.splitlines() if line and not line.startswith("#"))
         names = (
             "lmi_requests_in_flight",
             "lmi_requests_running",

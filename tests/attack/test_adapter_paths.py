@@ -76,9 +76,7 @@ def client(home: Path) -> Iterator[httpx.Client]:
     ],
     ids=lambda src: repr(src[:40]),
 )  # fmt: skip
-def test_no_source_leads_out_of_the_directories_of_adapters(
-    client: httpx.Client, home: Path, src: str
-) -> None:
+def test_no_source_leads_out_of_the_directories_of_adapters(client: httpx.Client, home: Path, src: str) -> None:
     asked = src.replace("{root}", str(home / "adapters"))
     body = json.dumps({"name": "poet", "src": asked})  # in ASCII: a lone surrogate is an escape
     reply = client.post("/adapters", content=body, headers={"content-type": "application/json"})

@@ -162,15 +162,11 @@ def memory(server: ServerProcess) -> int:
 def ask(server: ServerProcess, padding: int = 0) -> int:
     content = chat(padding, tokens=1)
     headers = {"content-type": "application/json"}
-    return httpx.post(
-        f"{server.url}/v1/chat/completions", content=content, headers=headers, timeout=60
-    ).status_code
+    return httpx.post(f"{server.url}/v1/chat/completions", content=content, headers=headers, timeout=60).status_code
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_paused_bodies_hold_no_more_than_their_memory_and_make_room(
-    server: ServerProcess, chunked: bool
-) -> None:
+def test_paused_bodies_hold_no_more_than_their_memory_and_make_room(server: ServerProcess, chunked: bool) -> None:
     """24 clients declare 60 MB, send 59 and stop; those who send on are served."""
     before, refusals = memory(server), refused(server)
     part = b"x" * MIB
@@ -295,9 +291,7 @@ def test_sessions_are_opened_and_closed_where_no_place_is_free(small: ServerProc
     with full(small), httpx.Client(base_url=small.url, timeout=60) as client:
         opened = client.post("/invocations", json={"requestType": "NEW_SESSION"})
         assert opened.status_code == 200
-        name = {
-            "x-amzn-sagemaker-session-id": opened.headers["x-amzn-sagemaker-session-id"].partition(";")[0]
-        }
+        name = {"x-amzn-sagemaker-session-id": opened.headers["x-amzn-sagemaker-session-id"].partition(";")[0]}
         assert client.post("/invocations", json={"requestType": "CLOSE"}, headers=name).status_code == 200
         for body in ({"inputs": "{}"}, {"inputs": "{}", "requestType": "CLOSE"}):
             assert client.post("/invocations", json=body).status_code == 429
@@ -423,9 +417,7 @@ LAST = PING + b"Connection: close\r\n\r\n"
         (b"\r\n" * 1000 + LAST, (200,)),
     ],
 )
-def test_odd_http_is_answered_and_bounded(
-    server: ServerProcess, sent: bytes, statuses: tuple[int, ...]
-) -> None:
+def test_odd_http_is_answered_and_bounded(server: ServerProcess, sent: bytes, statuses: tuple[int, ...]) -> None:
     before, lines = memory(server), len(server.lines)
     reply = reply_to(server, sent)
     assert status(reply) in statuses, reply[:300]
@@ -535,9 +527,7 @@ def test_a_head_that_begins_during_a_reply_does_not_cut_it(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("requests", [1, 3])
 @pytest.mark.parametrize("rest", [b"\x00\r\n\r\n", b"GET /ping HTTP/1.1\r\n\r\n", b"GET /%s HTTP" % bytes(9)])
-def test_requests_before_bytes_that_are_not_http_get_their_replies(
-    tmp_path: Path, requests: int, rest: bytes
-) -> None:
+def test_requests_before_bytes_that_are_not_http_get_their_replies(tmp_path: Path, requests: int, rest: bytes) -> None:
     class Waits(App):
         go: asyncio.Event
 

@@ -165,9 +165,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_no_body_takes_three_times_its_memory_or_holds_the_event_loop_up(
-    server: ServerProcess, kind: str
-) -> None:
+def test_no_body_takes_three_times_its_memory_or_holds_the_event_loop_up(server: ServerProcess, kind: str) -> None:
     route, make, status, told = HOSTILE[kind]
     body = make()
     for left in reversed(range(TRIES)):

@@ -111,9 +111,7 @@ async def at_work_and_stopped(pool: DecoderPool, file: bytes) -> tuple[asyncio.T
 
 def test_many_images_at_once_all_come_out_right() -> None:
     files = {number: saved(noise(number), "PNG") for number in range(200)}
-    files |= {
-        side: saved(noise(side, side), "PNG") for side in (600, 800, 1500)
-    }  # the last in memory of its own
+    files |= {side: saved(noise(side, side), "PNG") for side in (600, 800, 1500)}  # the last in memory of its own
 
     async def work(pool: DecoderPool) -> None:
         images = await asyncio.gather(*(decoded(pool, file) for file in files.values()))
@@ -260,9 +258,7 @@ def test_an_idle_decoder_that_was_killed_costs_no_image() -> None:
         await decoded(pool, saved(noise(0), "PNG"))
         (worker,) = pool._idle
         os.kill(worker.child.pid, signal.SIGKILL)
-        psutil.wait_procs(
-            [psutil.Process(worker.child.pid)] if psutil.pid_exists(worker.child.pid) else [], 10
-        )
+        psutil.wait_procs([psutil.Process(worker.child.pid)] if psutil.pid_exists(worker.child.pid) else [], 10)
         assert (await decoded(pool, saved(noise(1), "PNG"))).size == (64, 64)
         assert (pool.started, pool.died) == (2, 0)
 
@@ -304,9 +300,7 @@ def test_processor_time_is_limited() -> None:
 
     async def work(pool: DecoderPool) -> None:
         pool.times = TimeLimits(cpu=0.02, cpu_per_megapixel=0.0001)
-        with pytest.raises(
-            ImageProblem, match=r"takes too long to decode: more than 0\.0 s of processor time"
-        ):
+        with pytest.raises(ImageProblem, match=r"takes too long to decode: more than 0\.0 s of processor time"):
             await decoded(pool, large)
         pool.times = TimeLimits()
         assert (await decoded(pool, large)).size == (8000, 8000)
@@ -316,9 +310,7 @@ def test_processor_time_is_limited() -> None:
 
 
 @pytest.mark.skipif("AVIF" not in FORMATS, reason="this Pillow reads no AVIF")
-def test_a_decoder_has_one_thread_on_a_machine_of_any_size(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_decoder_has_one_thread_on_a_machine_of_any_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     many_cores = "import os\nos.sched_getaffinity = lambda pid: set(range(128))\n"
     (tmp_path / "sitecustomize.py").write_text(many_cores)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -333,9 +325,7 @@ def test_memory_beyond_what_was_charged_is_refused() -> None:
     large = saved(Image.new("RGBA", (6000, 6000)), "PNG")  # converted in memory of the decoder's own
 
     async def work(pool: DecoderPool) -> None:
-        with pytest.raises(
-            ImageProblem, match="takes more memory than an image of its size may take"
-        ) as caught:
+        with pytest.raises(ImageProblem, match="takes more memory than an image of its size may take") as caught:
             await pool.decode(large, Header(6000 * 6000, 1 << 20))
         assert caught.value.error is ImageTooLarge
         assert (await decoded(pool, large)).size == (6000, 6000)
@@ -473,9 +463,7 @@ def refuse(*numbers):  # these system calls, with EPERM: a BPF program, each ins
 """
 
 
-@pytest.mark.skipif(
-    os.uname().machine != "x86_64" or sys.platform != "linux", reason="numbers of system calls"
-)
+@pytest.mark.skipif(os.uname().machine != "x86_64" or sys.platform != "linux", reason="numbers of system calls")
 def test_in_a_sandbox_without_limits_and_without_unnamed_memory_images_are_decoded() -> None:
     script = f"""{SANDBOX}
 import asyncio, os, sys
@@ -571,9 +559,7 @@ def test_the_cheap_look_at_a_header_finds_what_pillow_finds(file: bytes) -> None
 
 def test_a_decoder_loads_little_and_takes_little_memory() -> None:
     script = "import sys, handlers.images.decoder; print(*sys.modules)"
-    loaded = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    ).stdout.split()
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     for heavy in ("asyncio", "pydantic", "torch", "transformers", "msgspec", "numpy", "ssl", "engine"):
         assert heavy not in loaded
 
@@ -731,11 +717,7 @@ def test_a_server_that_is_killed_leaves_no_process_and_no_shared_memory() -> Non
         wait_until(lambda: len(decoders_of(live)) >= 2)
         children = psutil.Process(live.process.pid).children(recursive=True)
         decoders_of(live)[0].suspend()
-        mine = {
-            path
-            for path in (set(shared.iterdir()) if shared.exists() else set()) - before
-            if "image" in path.name
-        }
+        mine = {path for path in (set(shared.iterdir()) if shared.exists() else set()) - before if "image" in path.name}
         live.process.kill()
         live.process.wait()
     wait_until(lambda: all(_has_ended(child) for child in children))
@@ -764,9 +746,7 @@ print(*decoders())
     assert ran.returncode == 0, ran.stderr
     pids = [int(word) for word in ran.stdout.split()[-1:]]
     assert pids
-    wait_until(
-        lambda: not any(psutil.pid_exists(pid) and not _has_ended(psutil.Process(pid)) for pid in pids)
-    )
+    wait_until(lambda: not any(psutil.pid_exists(pid) and not _has_ended(psutil.Process(pid)) for pid in pids))
 
 
 def test_a_refusal_for_pixels_needs_no_decoder() -> None:

@@ -123,9 +123,7 @@ def test_a_hostile_archive_is_refused_without_being_unpacked(name: str) -> None:
     assert seconds < 1
 
 
-@pytest.mark.parametrize(
-    ("dtype", "itemsize"), [("bfloat16", 2), ("float16", 2), ("float32", 4), ("float64", 8)]
-)
+@pytest.mark.parametrize(("dtype", "itemsize"), [("bfloat16", 2), ("float16", 2), ("float32", 4), ("float64", 8)])
 def test_making_numbers_of_embeddings_takes_what_they_are_charged_for(dtype: str, itemsize: int) -> None:
     values = memoryview(bytes(16 * MEGA))
     tensor = SavedTensor(dtype, (len(values) // itemsize // 1024, 1024), values)

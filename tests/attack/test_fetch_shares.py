@@ -353,9 +353,7 @@ def test_a_busy_proven_host_does_not_keep_a_new_one_from_their_common_address() 
 def test_hosts_below_a_shared_suffix_do_not_keep_each_other_out() -> None:
     async def main() -> None:
         places = FetchSlots(PLACES)
-        floods = [
-            claim for d in range(QUARTER) for claim in flood(2, f"d{d}evil.cloudfront.net", f"192.0.2.{d}")
-        ]
+        floods = [claim for d in range(QUARTER) for claim in flood(2, f"d{d}evil.cloudfront.net", f"192.0.2.{d}")]
         async with flooding(places, floods):
             new = claim_for("good", "d1good.cloudfront.net", 443, "198.51.100.1")
             assert await has_a_place(places, new)
@@ -369,9 +367,7 @@ def test_a_few_sites_do_not_keep_out_a_host_that_has_yet_to_deliver() -> None:
     async def main() -> None:
         places = FetchSlots(PLACES)
         sites = 10
-        floods = [
-            claim for site in range(sites) for claim in flood(PLACES, f"evil{site}.test", f"192.0.2.{site}")
-        ]
+        floods = [claim for site in range(sites) for claim in flood(PLACES, f"evil{site}.test", f"192.0.2.{site}")]
         async with flooding(places, floods) as held:
             assert held == 2 * QUARTER + sites - 2
             assert await has_a_place(places, claim_for("good", "good.test", 443, "198.51.100.1"))
@@ -385,9 +381,7 @@ def test_a_site_whose_hosts_have_delivered_leaves_a_quarter_to_others() -> None:
         names = [f"host{number}.evil.test" for number in range(4)]
         for number, name in enumerate(names):
             await proven(places, claim_for("first", name, 443, f"192.0.2.{number}"))
-        floods = [
-            claim for number, name in enumerate(names) for claim in flood(PLACES, name, f"192.0.2.{number}")
-        ]
+        floods = [claim for number, name in enumerate(names) for claim in flood(PLACES, name, f"192.0.2.{number}")]
         async with flooding(places, floods) as held:
             assert held == PLACES - QUARTER
             assert await has_a_place(places, claim_for("good", "good.test", 443, "198.51.100.1"))
@@ -399,9 +393,7 @@ def test_one_host_that_delivers_holds_three_quarters_of_idle_places() -> None:
     async def main() -> None:
         places = FetchSlots(PLACES)
         await proven(places, claim_for("first", "bucket.s3.amazonaws.com", 443, "192.0.2.1"))
-        claims = [
-            claim_for(number, "bucket.s3.amazonaws.com", 443, f"192.0.2.{number}") for number in range(100)
-        ]
+        claims = [claim_for(number, "bucket.s3.amazonaws.com", 443, f"192.0.2.{number}") for number in range(100)]
         async with flooding(places, claims) as held:
             assert held == PLACES - QUARTER
 

@@ -124,9 +124,7 @@ def renderer() -> PromptRenderer:
 
 
 @pytest.mark.parametrize("kind", PROMPTS)
-def test_rendering_a_prompt_in_a_thread_never_stops_the_others_for_long(
-    renderer: PromptRenderer, kind: str
-) -> None:
+def test_rendering_a_prompt_in_a_thread_never_stops_the_others_for_long(renderer: PromptRenderer, kind: str) -> None:
     _bounded(kind, lambda: asyncio.run(_stall_beside(renderer.render, PROMPTS[kind]())))
 
 
@@ -146,12 +144,8 @@ async def _stall_beside(work: Callable[..., object], *given: object) -> float:
     return longest
 
 
-@pytest.mark.parametrize(
-    "field", ["tool_calls", "reasoning", "name", "chat_template_kwargs", "tools", "template"]
-)
-def test_all_that_a_template_may_print_counts_towards_the_longest_prompt(
-    renderer: PromptRenderer, field: str
-) -> None:
+@pytest.mark.parametrize("field", ["tool_calls", "reasoning", "name", "chat_template_kwargs", "tools", "template"])
+def test_all_that_a_template_may_print_counts_towards_the_longest_prompt(renderer: PromptRenderer, field: str) -> None:
     prompt, text = _chat("a"), "a" * (2**22)
     (message,) = prompt.messages
     if field == "tool_calls":
@@ -176,9 +170,7 @@ def test_too_many_tokens_are_refused_before_they_are_listed(renderer: PromptRend
 
 
 @pytest.mark.parametrize("window", [1, 7, 2**17])
-def test_control_tokens_are_hidden_and_restored_across_any_border(
-    renderer: PromptRenderer, window: int
-) -> None:
+def test_control_tokens_are_hidden_and_restored_across_any_border(renderer: PromptRenderer, window: int) -> None:
     draw = random.Random(window)
     words = ["<image>", "<ima", "ge>", "<", ">", "a", " ", "</s>", "<pad>"]
     texts = ["".join(draw.choices(words, k=draw.randint(0, 30))) for _ in range(100)]

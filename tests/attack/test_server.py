@@ -58,9 +58,7 @@ def test_hostile_images_are_bounded(target: Target) -> None:
     bounded(target, attack_with_cut_ones)
 
 
-@pytest.mark.parametrize(
-    ("kind", "count"), [("segments", 400_000), ("segments", 100_000), ("strips", 200_000)]
-)
+@pytest.mark.parametrize(("kind", "count"), [("segments", 400_000), ("segments", 100_000), ("strips", 200_000)])
 def test_work_for_clients_that_left_ends(target: Target, kind: str, count: int) -> None:
     """As soon as a question asked afterwards is answered, the server has nothing left to do."""
     image: bytes = getattr(costly, kind)(count)

@@ -85,9 +85,7 @@ def test_a_seed_always_gives_the_same_load_and_no_image_twice() -> None:
 
 def test_shared_images_are_the_same_in_every_request() -> None:
     made = load.bodies(load.Load(requests=3, warmup=0, images=2, width=16, height=16, shared=True), "model")
-    shown = [
-        [part for part in json.loads(body)["messages"][0]["content"] if "image_url" in part] for body in made
-    ]
+    shown = [[part for part in json.loads(body)["messages"][0]["content"] if "image_url" in part] for body in made]
     assert shown[0] == shown[1] == shown[2]
     assert len(shown[0]) == 2
 

@@ -112,9 +112,7 @@ def test_a_report_that_cannot_be_written_is_refused_before_anything_is_sent(
     assert f"{file} cannot be written; name another file with --report" in said
 
 
-def test_refused_requests_are_counted_by_status(
-    capsys: pytest.CaptureFixture[str], in_a_folder: Path
-) -> None:
+def test_refused_requests_are_counted_by_status(capsys: pytest.CaptureFixture[str], in_a_folder: Path) -> None:
     with StandIn(refuse=3).open() as server:
         status, found, said = bench(capsys, server.url, *SMALL, "--streams", "1,2", "--requests", "9")
     assert status == 0
@@ -174,9 +172,7 @@ def test_a_key_is_sent_over_tls_and_never_written(
         assert KEY not in said + (in_a_folder / "page.html").read_text()
         assert bench(capsys, server.url, *load)[0] == 1
     with StandIn(key="another").open() as server:
-        status, found, said = bench(
-            capsys, server.url, *load, "--key-variable", "THE_KEY", "--model", "named"
-        )
+        status, found, said = bench(capsys, server.url, *load, "--key-variable", "THE_KEY", "--model", "named")
         assert status == 1
         assert found["levels"][0]["servers"][0]["outcomes"] == {"401": 2}
         assert "Bearer *** is not the key" in said
@@ -244,16 +240,13 @@ def test_a_sentence_says_where_the_knee_is() -> None:
     levels = [{"name": name, "servers": [one], "times_better": None} for name in ("1 stream", "8 streams")]
     found = {"servers": [{"name": "a:80"}], "levels": levels, "knees": [0]}
     (line,) = sweep.verdict(found)
-    assert line.startswith(
-        "a:80: the knee is at 1 stream, which give 1280 tokens/s, 20.0 requests/s, TTFT p50 12 ms,"
-    )
+    assert line.startswith("a:80: the knee is at 1 stream, which give 1280 tokens/s, 20.0 requests/s, TTFT p50 12 ms,")
     assert sweep.verdict({**found, "knees": [None]})[0].startswith("a:80: no knee up to 8 streams")
 
 
 def test_a_page_is_made_of_loads_without_a_whole_reply() -> None:
     nothing = {
-        name: dict.fromkeys(("p50", "p90", "p99", "mean"), 0.0)
-        for name in ("ttft_ms", "itl_ms", "e2e_ms", "tpot_ms")
+        name: dict.fromkeys(("p50", "p90", "p99", "mean"), 0.0) for name in ("ttft_ms", "itl_ms", "e2e_ms", "tpot_ms")
     }
     failed = {
         **row(0, 0, refused=100),

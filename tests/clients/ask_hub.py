@@ -97,9 +97,7 @@ def text(client: InferenceClient) -> dict[str, Any]:
         [event.index for event in events] == list(range(1, len(events) + 1)),
     ]
     said["stop"] = client.text_generation(prompt, max_new_tokens=20, stop=[" circle"])
-    said["full text"] = client.text_generation("Hello", max_new_tokens=1, return_full_text=True).startswith(
-        "Hello"
-    )
+    said["full text"] = client.text_generation("Hello", max_new_tokens=1, return_full_text=True).startswith("Hello")
     best = client.text_generation(prompt, max_new_tokens=9, do_sample=True, best_of=2, details=True)
     check(best, TextGenerationOutput)
     said["best_of"] = len(best.details.best_of_sequences)

@@ -66,20 +66,14 @@ def plain(client: openai.OpenAI) -> dict[str, Any]:
     reply = checked(ChatCompletion, raw.create(**asking(WHAT, "red-circle")))
     said["chat"] = reply.choices[0].message.content
     said["finish"] = reply.choices[0].finish_reason
-    said["usage adds up"] = (
-        reply.usage.prompt_tokens + reply.usage.completion_tokens == reply.usage.total_tokens
-    )
+    said["usage adds up"] = reply.usage.prompt_tokens + reply.usage.completion_tokens == reply.usage.total_tokens
     two = asking("What is in these images?", "green-triangle", "yellow-star")
     said["two images"] = checked(ChatCompletion, raw.create(**two)).choices[0].message.content
-    reply = checked(
-        ChatCompletion, raw.create(**asking(WHAT, "red-circle", n=2, logprobs=True, top_logprobs=2))
-    )
+    reply = checked(ChatCompletion, raw.create(**asking(WHAT, "red-circle", n=2, logprobs=True, top_logprobs=2)))
     said["n"] = [choice.message.content for choice in reply.choices]
     said["logprobs"] = "".join(entry.token for entry in reply.choices[0].logprobs.content)
     said["stop"] = (
-        checked(
-            ChatCompletion, raw.create(**asking(WHAT, "red-circle", stop=" circle", max_completion_tokens=20))
-        )
+        checked(ChatCompletion, raw.create(**asking(WHAT, "red-circle", stop=" circle", max_completion_tokens=20)))
         .choices[0]
         .message.content
     )
@@ -114,9 +108,7 @@ def streamed(client: openai.OpenAI) -> dict[str, Any]:
 
 def structured(client: openai.OpenAI) -> dict[str, Any]:
     said: dict[str, Any] = {}
-    chat = (
-        client.chat.completions if hasattr(client.chat.completions, "parse") else client.beta.chat.completions
-    )
+    chat = client.chat.completions if hasattr(client.chat.completions, "parse") else client.beta.chat.completions
     reply = chat.parse(**asking("Answer in JSON.", "orange-star-and-blue-square"), response_format=Shapes)
     parsed = reply.choices[0].message.parsed
     said["parse"] = [f"{shape.color} {shape.shape}" for shape in parsed.shapes] if parsed else None
@@ -142,9 +134,7 @@ def structured(client: openai.OpenAI) -> dict[str, Any]:
 def errors(client: openai.OpenAI) -> dict[str, Any]:
     said: dict[str, Any] = {}
     wrong = asking("hi", temperature=0)
-    wrong["messages"][0]["content"].append(
-        {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
-    )
+    wrong["messages"][0]["content"].append({"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}})
     formats = {"type": "json_schema", "json_schema": {"name": "x", "schema": 5}}
     for name, ask in (
         ("bad image", wrong),
@@ -162,9 +152,7 @@ def errors(client: openai.OpenAI) -> dict[str, Any]:
 async def at_once() -> dict[str, Any]:
     async with openai.AsyncOpenAI(**OPTIONS) as client:
         names = ["red-circle", "green-triangle", "yellow-star", "black-cross"]
-        replies = await asyncio.gather(
-            *(client.chat.completions.create(**asking(WHAT, name)) for name in names)
-        )
+        replies = await asyncio.gather(*(client.chat.completions.create(**asking(WHAT, name)) for name in names))
         stream = await client.chat.completions.create(**asking(WHAT, "black-cross", stream=True))
         pieces = [chunk.choices[0].delta.content or "" async for chunk in stream]
         return {

@@ -160,23 +160,17 @@ def test_more_devices_than_there_are(model: Path) -> None:
     ],
 )
 def test_vllm_multiplies_both_degrees(model: Path, options: list[str], replicas: int, devices: int) -> None:
-    found = fit(
-        resolve(model=str(model), environ={}, options=options), backend_of("vllm"), model, CONFIG, machine(4)
-    )
+    found = fit(resolve(model=str(model), environ={}, options=options), backend_of("vllm"), model, CONFIG, machine(4))
     assert (found.replicas, found.devices_per_replica) == (replicas, devices)
 
 
 def test_vllm_with_too_few_devices(model: Path) -> None:
     options = ["pipeline_parallel_degree=2", "tensor_parallel_degree=4"]
-    found = fit(
-        resolve(model=str(model), environ={}, options=options), backend_of("vllm"), model, CONFIG, machine(4)
-    )
+    found = fit(resolve(model=str(model), environ={}, options=options), backend_of("vllm"), model, CONFIG, machine(4))
     assert "needs 8 devices, but 4 are there" in str(found.errors[0])
 
 
-def test_the_template_and_the_tokens_of_images_are_told(
-    model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_template_and_the_tokens_of_images_are_told(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report(model, CPU)["prompts"] == {
         "template": "chat_template.jinja",
         "image_tokens": {"336x336": 16, "1344x1344": 16, "1920x1080": 16},
@@ -256,9 +250,7 @@ def test_a_model_of_7b_fits_an_instance_that_has_the_memory(large: Path) -> None
 
 def test_a_model_that_leaves_an_instance_no_cache_needs_several_devices(large: Path) -> None:
     (error,) = on_instance(large, "g4dn.xlarge")["errors"]
-    assert error.startswith(
-        "the model does not fit: its weights leave 0 tokens of key/value cache on g4dn.xlarge"
-    )
+    assert error.startswith("the model does not fit: its weights leave 0 tokens of key/value cache on g4dn.xlarge")
     memory = on_instance(large, "g4dn.12xlarge")["memory"]
     assert (memory["devices_per_copy"], memory["dtype"]) == (4, "float16")
     assert memory["cache_tokens"] > 4096
@@ -276,9 +268,7 @@ def test_a_model_that_does_not_fit_an_instance(large: Path) -> None:
 def test_an_instance_is_named_in_what_is_printed(large: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--instance", "ml.g6.12xlarge", str(large), "--rolling-batch=rolling"]) == 0
     text = capsys.readouterr().out
-    assert (
-        "\ninstance g6.12xlarge: 4 x NVIDIA L4, 22.35 GiB each, 48 vCPUs, 192.00 GiB of host memory\n" in text
-    )
+    assert "\ninstance g6.12xlarge: 4 x NVIDIA L4, 22.35 GiB each, 48 vCPUs, 192.00 GiB of host memory\n" in text
     assert "devices needed: 4, there: 4 on g6.12xlarge\n" in text
     assert main(["check", str(large), "--instance=c7i.4xlarge", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -311,9 +301,7 @@ def test_the_page_has_the_tables_that_the_check_computes() -> None:
     assert page == instance_table.rewritten(page), "run make docs"
 
 
-def test_an_unknown_instance_is_named_with_those_that_are_near(
-    large: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unknown_instance_is_named_with_those_that_are_near(large: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["check", str(large), "--instance", "ml.g6.13xlarge"])
     assert ended.value.code == 2
@@ -375,9 +363,7 @@ def cached(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 def test_a_model_in_the_hubs_cache_is_what_an_offline_start_serves(cached: Path) -> None:
-    configuration = resolve(
-        model="org/m", environ={"OPTION_ROLLING_BATCH": "rolling"}, options=["offline=true"]
-    )
+    configuration = resolve(model="org/m", environ={"OPTION_ROLLING_BATCH": "rolling"}, options=["offline=true"])
     found = describe(configuration, CPU)
     assert found["errors"] == []
     assert found["model"]["served_as"] == ["org/m"]
@@ -387,9 +373,7 @@ def test_a_model_in_the_hubs_cache_is_what_an_offline_start_serves(cached: Path)
     assert fetch(configuration.model_location, configuration.settings, threading.Event()) == cached
 
 
-def test_what_an_offline_start_will_not_find_is_an_error(
-    cached: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_an_offline_start_will_not_find_is_an_error(cached: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_check("org/other", ["offline=true"], False, {}) == 1
     assert "error: org/other is not in " in capsys.readouterr().out
     configuration = resolve(model="org/other", environ={}, options=["offline=true"])
@@ -454,9 +438,7 @@ def test_all_options_are_shown_when_asked_for(model: Path, capsys: pytest.Captur
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
     assert rows["option.seed"] == ["0", "default"]
     assert rows["host"] == ["127.0.0.1", "default"]
-    assert {tuple(rows[name][:1]) for name in ("api_key", "option.quantize", "cors_allowed_origin")} == {
-        ("-",)
-    }
+    assert {tuple(rows[name][:1]) for name in ("api_key", "option.quantize", "cors_allowed_origin")} == {("-",)}
     assert "[]" not in text
     assert "--all" not in text
 

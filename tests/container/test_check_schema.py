@@ -17,9 +17,7 @@ from tests.support.shapes import ROOT, SHAPES
 SCHEMA: dict[str, Any] = json.loads((ROOT / "docs" / "check.schema.json").read_text())
 
 
-def report(
-    capsys: pytest.CaptureFixture[str], model: str | None, *options: str
-) -> tuple[int, dict[str, Any]]:
+def report(capsys: pytest.CaptureFixture[str], model: str | None, *options: str) -> tuple[int, dict[str, Any]]:
     """The exit status and what was printed, held to the schema."""
     status = run_check(model, options, True, {"HF_HUB_OFFLINE": "1"})
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
@@ -42,12 +40,8 @@ def test_a_model_that_can_be_served_has_every_part(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("count", [1, len(INSTANCES)])
-@pytest.mark.parametrize(
-    ("model", "options"), [(str(SHAPES), ()), (str(SHAPES), ("dtype=float99",)), ("org/no", ())]
-)
-def test_instances(
-    capsys: pytest.CaptureFixture[str], model: str, options: tuple[str, ...], count: int
-) -> None:
+@pytest.mark.parametrize(("model", "options"), [(str(SHAPES), ()), (str(SHAPES), ("dtype=float99",)), ("org/no", ())])
+def test_instances(capsys: pytest.CaptureFixture[str], model: str, options: tuple[str, ...], count: int) -> None:
     run_check(model, options, True, {"HF_HUB_OFFLINE": "0"}, instances=list(INSTANCES.values())[:count])
     found = json.loads(capsys.readouterr().out)
     Draft202012Validator(SCHEMA).validate(found)

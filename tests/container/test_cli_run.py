@@ -73,9 +73,7 @@ class TestFlags:
             assert got == value, name
 
     def test_leave_other_arguments_in_order(self) -> None:
-        found = read_flags(
-            ["--dtype", "float32", "MODEL", "--option", "port=3", "--json", "--", "--dtype"], OWN
-        )
+        found = read_flags(["--dtype", "float32", "MODEL", "--option", "port=3", "--json", "--", "--dtype"], OWN)
         assert found.rest == ["MODEL", "--option", "port=3", "--json", "--", "--dtype"]
         assert found.options == ["--dtype=float32"]
 
@@ -87,9 +85,7 @@ class TestFlags:
             '--served-model-name=["a", "b"]',
         ]
 
-    def test_a_template_is_looked_for_here_first(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_template_is_looked_for_here_first(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         (tmp_path / "llava.jinja").write_text("{{ messages }}")
         assert options("--chat-template", "llava.jinja") == [f"--chat-template={tmp_path / 'llava.jinja'}"]
@@ -398,9 +394,7 @@ def ask(client: openai.OpenAI, image: str, question: str = "What's in this image
 
 
 class TestServer:
-    def test_the_documentations_client_gets_the_right_answer(
-        self, client: openai.OpenAI, images: str
-    ) -> None:
+    def test_the_documentations_client_gets_the_right_answer(self, client: openai.OpenAI, images: str) -> None:
         assert ask(client, f"{images}/red-circle.png", temperature=0) == "a red circle"
         assert [model.id for model in client.models.list()] == ["llava-hf/llava-1.5-7b-hf", "shapes"]
 
@@ -449,9 +443,7 @@ class TestServer:
     def test_what_the_flags_say_holds(self, server: LiveServer, client: openai.OpenAI, images: str) -> None:
         assert server.http.get("/v1/models").json()["data"][0]["max_model_len"] == 2048
         image = f"{images}/red-circle.png"
-        three = server.http.post(
-            "/v1/chat/completions", json={"messages": [message(image, image, image, "x")]}
-        )
+        three = server.http.post("/v1/chat/completions", json={"messages": [message(image, image, image, "x")]})
         assert three.status_code == 400
         assert "limit_mm_per_prompt" in three.json()["error"]["message"]
         assert server.log.count("is retired: the model now says so itself") == 4
@@ -534,9 +526,7 @@ class TestSamplers:
             ("nsigma", "x"),
         ],
     )
-    def test_what_is_out_of_range_is_a_400_that_names_it(
-        self, client: openai.OpenAI, name: str, value: Any
-    ) -> None:
+    def test_what_is_out_of_range_is_a_400_that_names_it(self, client: openai.OpenAI, name: str, value: Any) -> None:
         with pytest.raises(openai.BadRequestError) as caught:
             client.chat.completions.create(
                 model="m", messages=[{"role": "user", "content": "x"}], extra_body={name: value}

@@ -195,9 +195,7 @@ def test_the_log_never_holds_the_prompt(client: httpx.Client, server: ServerProc
     assert "AAAABBBB" not in server.log
 
 
-def test_an_unexpected_error_is_in_the_log_and_not_in_the_reply(
-    client: httpx.Client, server: ServerProcess
-) -> None:
+def test_an_unexpected_error_is_in_the_log_and_not_in_the_reply(client: httpx.Client, server: ServerProcess) -> None:
     reply = client.post(
         "/v1/chat/completions", json=ask(tokens=0, fail="/etc/shadow"), headers={"x-request-id": "oops-1"}
     )
@@ -224,9 +222,7 @@ def test_a_client_that_leaves_a_stream_is_noticed(server: ServerProcess, client:
     server.wait_for("container.request.*ended=client_gone")
 
 
-def test_a_client_that_leaves_before_its_whole_answer_is_noticed(
-    server: ServerProcess, client: httpx.Client
-) -> None:
+def test_a_client_that_leaves_before_its_whole_answer_is_noticed(server: ServerProcess, client: httpx.Client) -> None:
     connection = send(server, json.dumps(ask(tokens=2, pause=600)).encode())
     until(lambda: metric(client, "lmi_requests_running") == 1)
     connection.close()
@@ -250,9 +246,7 @@ def test_a_client_that_leaves_while_its_image_is_fetched_is_noticed(
     until(lambda: metric(client, "lmi_requests_in_flight") == 0)
 
 
-def test_a_client_that_does_not_finish_its_body_costs_nothing(
-    server: ServerProcess, client: httpx.Client
-) -> None:
+def test_a_client_that_does_not_finish_its_body_costs_nothing(server: ServerProcess, client: httpx.Client) -> None:
     before = metric(client, 'lmi_http_requests_total{route="/predictions/{model}",status="499"}')
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(b"POST /predictions/model HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nhalf")
@@ -284,9 +278,7 @@ def test_ping_says_why_and_recovers(client: httpx.Client) -> None:
     assert client.get("/ping").status_code == 200
 
 
-def test_ping_is_answered_while_few_chunks_are_under_load(
-    server: ServerProcess, client: httpx.Client
-) -> None:
+def test_ping_is_answered_while_few_chunks_are_under_load(server: ServerProcess, client: httpx.Client) -> None:
     """64 streams of a token each 20 ms: 320 chunks in a tenth of a second, and fewer on a slower machine."""
     body = json.dumps(ask(stream=True, tokens=100_000, pause=0.02)).encode()
     connections = [send(server, body) for _ in range(64)]

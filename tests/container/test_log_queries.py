@@ -18,11 +18,7 @@ def fields(query: str) -> set[str]:
     """The names in a query that must be fields of the log: not words of the language, texts, numbers or new names."""
     query = re.sub(r'"[^"]*"', "", query)
     new = set(re.findall(r"\bas (\w+)", query))
-    return {
-        word
-        for word in re.findall(r"\b[a-z_]\w*", re.sub(r"bin\(\w+\)", "", query))
-        if word not in _WORDS | new
-    }
+    return {word for word in re.findall(r"\b[a-z_]\w*", re.sub(r"bin\(\w+\)", "", query)) if word not in _WORDS | new}
 
 
 def test_the_fields_of_the_queries_are_logged(tmp_path: Path) -> None:
@@ -33,10 +29,7 @@ def test_the_fields_of_the_queries_are_logged(tmp_path: Path) -> None:
         for tokens in (3, 0):
             body = {"inputs": "{}", "parameters": {"max_new_tokens": tokens}}
             httpx.post(f"{server.url}/invocations", json=body, timeout=60)
-        lines = [
-            json.loads(container.wait_for(rf'"message": "request".*"status": {status}'))
-            for status in (200, 400)
-        ]
+        lines = [json.loads(container.wait_for(rf'"message": "request".*"status": {status}')) for status in (200, 400)]
     for query, line in zip(queries, lines, strict=True):
         assert fields(query) <= line.keys(), query
         for name, value in re.findall(r'(\w+) = "([^"]*)"', query):

@@ -99,9 +99,7 @@ def zeros(path: Path, count: int, size: int) -> Path:
     return path
 
 
-def test_what_unpacks_to_far_more_than_its_size_is_refused_before_it_is_written(
-    tmp_path: Path, place: Path
-) -> None:
+def test_what_unpacks_to_far_more_than_its_size_is_refused_before_it_is_written(tmp_path: Path, place: Path) -> None:
     for number, source in enumerate((zeros(tmp_path / "one", 1, 2**27), zeros(tmp_path / "many", 16, 2**23))):
         (below := place / str(number)).mkdir()
         with pytest.raises(InvalidRequest, match="size does not explain"):
@@ -153,9 +151,7 @@ def _changed(whole: bytes) -> bytes:
         lambda _: b"PK\3\4zip",
     ],
 )
-def test_what_is_no_whole_archive_is_refused(
-    tmp_path: Path, place: Path, damage: Callable[[bytes], bytes]
-) -> None:
+def test_what_is_no_whole_archive_is_refused(tmp_path: Path, place: Path, damage: Callable[[bytes], bytes]) -> None:
     path = packed(tmp_path / "m.tar.gz", plain("weights", os.urandom(200_000)))
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(InvalidRequest, match="the archive is refused"):

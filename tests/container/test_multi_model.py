@@ -158,9 +158,9 @@ def test_models_are_listed_by_pages_and_described(server: LiveServer, models: Pa
     assert server.http.get("/models").json() == {"models": [one, two]}
     page = server.http.get("/models?limit=1").json()
     assert page == {"models": [one], "nextPageToken": page["nextPageToken"]}
-    assert server.http.get(
-        "/models", params={"limit": 1, "next_page_token": page["nextPageToken"]}
-    ).json() == {"models": [two]}
+    assert server.http.get("/models", params={"limit": 1, "next_page_token": page["nextPageToken"]}).json() == {
+        "models": [two]
+    }
     assert server.http.get("/models/two").json() == two
     assert [model["id"] for model in server.http.get("/v1/models").json()["data"]] == ["one", "two"]
     assert server.http.get("/models?next_page_token=x").status_code == 400
@@ -261,9 +261,7 @@ def test_a_hostile_archive_is_refused_and_leaves_nothing(
     server: LiveServer, models: Path, downloads: Path, kind: str
 ) -> None:
     before = sorted(downloads.rglob("*"))
-    reply = server.http.post(
-        "/models", json={"model_name": "x", "url": str(hostile(models / "x.tar.gz", kind))}
-    )
+    reply = server.http.post("/models", json={"model_name": "x", "url": str(hostile(models / "x.tar.gz", kind))})
     assert (reply.status_code, "the archive is refused" in reply.text) == (400, True), reply.text
     assert sorted(downloads.rglob("*")) == before
     assert not list(downloads.parent.rglob("escaped"))
@@ -428,9 +426,7 @@ def test_models_of_the_directory_a_key_idle_models_and_sigterm(tmp_path: Path) -
             assert b"".join(parts).endswith(b"data: [DONE]\n\n")
         assert live.wait() == 0
     lines = [json.loads(line) for line in live.log.splitlines()]
-    assert {
-        line.get("model") for line in lines if line["message"] == "request" and line["status"] == 200
-    } >= {"shapes"}
+    assert {line.get("model") for line in lines if line["message"] == "request" and line["status"] == 200} >= {"shapes"}
     until = time.monotonic() + 60
     while list(temporary.rglob("model.safetensors")):
         assert time.monotonic() < until

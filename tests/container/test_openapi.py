@@ -30,8 +30,7 @@ EXAMPLES = 6
 """Requests for each operation and kind of body."""
 
 IMAGE = (
-    "data:image/png;base64,"
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
 )
 
 load_all_checks()
@@ -139,9 +138,7 @@ def checked(case: Case) -> requests.Response:
     return reply  # type: ignore[return-value]
 
 
-CHAT = {
-    "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": IMAGE}}, "What?"]}]
-}
+CHAT = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": IMAGE}}, "What?"]}]}
 PROMPT = {"prompt": f"![]({IMAGE})What is this?", "max_tokens": 6}
 INPUTS = {"inputs": f"![]({IMAGE})What is this?", "parameters": {"max_new_tokens": 6}}
 ALL = {

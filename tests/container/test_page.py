@@ -18,9 +18,7 @@ def model_page(directory: Path, examples: str) -> page.ModelPage:
     (directory / "config.json").write_text("{}")
     (directory / "examples.json").write_text(examples)
     (directory / "circle.png").write_bytes(b"an image")
-    return page.ModelPage(
-        resolve(model=str(directory), environ={}), directory, Choice("rolling", "it is installed")
-    )
+    return page.ModelPage(resolve(model=str(directory), environ={}), directory, Choice("rolling", "it is installed"))
 
 
 def test_an_example_is_found_by_its_number_alone(tmp_path: Path) -> None:

@@ -165,9 +165,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_process(tmp_path: Path, plan: st
 
 
 def test_loading_has_a_time_limit(tmp_path: Path) -> None:
-    with ServerProcess(
-        tmp_path / "m", "--option", "model_loading_timeout=0.3", SCRIPTED_LOAD="600"
-    ) as server:
+    with ServerProcess(tmp_path / "m", "--option", "model_loading_timeout=0.3", SCRIPTED_LOAD="600") as server:
         assert server.wait() == 1
         assert "raise option.model_loading_timeout" in server.log
 
@@ -196,16 +194,12 @@ UNSERVED = {"model_type": "opt", "architectures": ["OPTForCausalLM"]}
         ({}, ["model_id=org/absent", "offline=true"], "org/absent is not in "),
     ],
 )  # fmt: skip
-def test_a_users_mistake_is_one_line(
-    tmp_path: Path, change: dict[str, bytes], options: list[str], told: str
-) -> None:
+def test_a_users_mistake_is_one_line(tmp_path: Path, change: dict[str, bytes], options: list[str], told: str) -> None:
     shutil.copytree(SHAPES, tmp_path / "m")
     for name, content in change.items():
         (tmp_path / "m" / name).write_bytes(content)
     model = [] if any(option.startswith("model_id") for option in options) else [str(tmp_path / "m")]
-    given = [
-        part for option in ["port=0", "rolling_batch=rolling", *options] for part in ("--option", option)
-    ]
+    given = [part for option in ["port=0", "rolling_batch=rolling", *options] for part in ("--option", option)]
     done = subprocess.run(
         [sys.executable, "-P", "-m", "container.cli", "serve", *model, *given], capture_output=True, text=True
     )
@@ -223,10 +217,7 @@ def test_where_a_start_failed_is_told_when_asked_for(tmp_path: Path) -> None:
         [sys.executable, "-P", "-m", "container.cli", "serve", *given], capture_output=True, text=True
     )
     assert done.returncode == 1
-    assert (
-        f"downloads cannot be kept in {tmp_path}/file/d: Not a directory; set SERVING_DOWNLOAD_DIR"
-        in done.stdout
-    )
+    assert f"downloads cannot be kept in {tmp_path}/file/d: Not a directory; set SERVING_DOWNLOAD_DIR" in done.stdout
     assert "Traceback" in done.stdout
 
 
@@ -280,14 +271,8 @@ def test_lmis_options_reach_the_service(tmp_path: Path) -> None:
     opening, prompt = {"requestType": "NEW_SESSION"}, {"inputs": '{"tokens": 2}'}
     with ServerProcess(tmp_path / "m", *options) as server:
         url = f"{server.ready().url}/invocations"
-        assert (
-            httpx.post(url, json=prompt, timeout=60).headers["content-type"].startswith("text/event-stream")
-        )
-        end = (
-            httpx.post(url, json=opening, timeout=60)
-            .headers["X-Amzn-SageMaker-Session-Id"]
-            .partition("Expires=")[2]
-        )
+        assert httpx.post(url, json=prompt, timeout=60).headers["content-type"].startswith("text/event-stream")
+        end = httpx.post(url, json=opening, timeout=60).headers["X-Amzn-SageMaker-Session-Id"].partition("Expires=")[2]
         left = datetime.strptime(end, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC) - datetime.now(UTC)
         assert 60 < left.total_seconds() <= 90
     options = ("--option", "tgi_compat=true", "--option", "enable_stateful_sessions=false")
@@ -306,10 +291,7 @@ def test_a_model_py_that_is_not_used_is_told(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "container", "serve", str(tmp_path), "--port", "0"]
     found = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
     assert found.returncode == 1, "its config.json says nothing"
-    assert (
-        "model.py of the model is not used: it defines neither handle nor a formatter"
-        in found.stderr + found.stdout
-    )
+    assert "model.py of the model is not used: it defines neither handle nor a formatter" in found.stderr + found.stdout
 
 
 def test_a_client_that_does_not_read_loses_its_place(tmp_path: Path) -> None:

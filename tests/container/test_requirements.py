@@ -85,9 +85,7 @@ def test_code_is_also_found_where_sagemakers_sdk_packs_it(model: Path) -> None:
         ("greeting>=1 and a typo\n", "Invalid requirement: 'greeting>=1 and a typo'"),
     ],
 )
-def test_what_pip_cannot_install_ends_the_start_with_pips_reason(
-    model: Path, wanted: str, reason: str
-) -> None:
+def test_what_pip_cannot_install_ends_the_start_with_pips_reason(model: Path, wanted: str, reason: str) -> None:
     (model / "requirements.txt").write_text(wanted)
     log = ended(model)
     (line,) = [line for line in log.splitlines() if "cannot be installed" in line]
@@ -124,9 +122,7 @@ def test_it_is_installed_for_an_engine_only_if_the_operator_says_so(model: Path)
     with LiveServer(model, SERVING_INSTALL_REQUIREMENTS="true") as live:
         assert f"installing {model}/requirements.txt" in live.log
         (engine,) = live.engines
-        (site,) = [
-            path for path in engine.environ()["PYTHONPATH"].split(os.pathsep) if "lmi-requirements" in path
-        ]
+        (site,) = [path for path in engine.environ()["PYTHONPATH"].split(os.pathsep) if "lmi-requirements" in path]
         assert Path(site, "greeting", "__init__.py").is_file()
 
 

@@ -218,9 +218,7 @@ def test_the_key_guards_all_but_health_and_metrics(server: ServerProcess, client
     assert seen == {"/ping", "/health", "/metrics", "/page"}
 
 
-@pytest.mark.parametrize(
-    "sent", ["", "Bearer", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", f"Basic {KEY}", "Bearer -"]
-)
+@pytest.mark.parametrize("sent", ["", "Bearer", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", f"Basic {KEY}", "Bearer -"])
 def test_a_wrong_key(server: ServerProcess, sent: str) -> None:
     for path, words in (
         ("/generate", "error"),

@@ -46,9 +46,7 @@ def test_every_series_of_the_dashboard_is_exported(shapes_server: LiveServer) ->
                 assert all(grouped in labels[name] for name in names), f"{title}: {expression}"
 
 
-@pytest.mark.skipif(
-    shutil.which("prometheus") is None, reason="Prometheus is not installed (Debian's prometheus)"
-)
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="Prometheus is not installed (Debian's prometheus)")
 def test_prometheus_answers_every_query_of_the_dashboard(shapes_server: LiveServer, tmp_path: Path) -> None:
     ours = DOCKER / "prometheus" / "prometheus.yaml"
     subprocess.run(["promtool", "check", "config", str(ours)], check=True, timeout=60)
@@ -61,9 +59,7 @@ def test_prometheus_answers_every_query_of_the_dashboard(shapes_server: LiveServ
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen([*command, f"--storage.tsdb.path={tmp_path}/data"], stderr=log)
     try:
-        with httpx.Client(
-            base_url=f"http://{address}", timeout=30, transport=httpx.HTTPTransport(retries=5)
-        ) as client:
+        with httpx.Client(base_url=f"http://{address}", timeout=30, transport=httpx.HTTPTransport(retries=5)) as client:
             for title, texts in expressions().items():
                 for text in texts:
                     assert shapes_server.chat(circle("red"), "What is this?").status_code == 200
@@ -140,9 +136,7 @@ def test_the_files_of_the_monitoring_profile_fit_together() -> None:
 
 def test_both_images_are_run_alike() -> None:
     text = (DOCKER / "Dockerfile").read_text()
-    gpu, cpu = re.findall(
-        r"# From here to the end as in the target \w+\.\n(.*?)(?=\nFROM|\Z)", text, re.DOTALL
-    )
+    gpu, cpu = re.findall(r"# From here to the end as in the target \w+\.\n(.*?)(?=\nFROM|\Z)", text, re.DOTALL)
     assert gpu.strip() == cpu.strip()
 
 

@@ -66,6 +66,4 @@ def test_the_service_and_the_monitor_find_the_pods() -> None:
     assert {port["targetPort"] for port in service["spec"]["ports"]} <= names
     monitor = objects("monitor.yaml")["ServiceMonitor"]["spec"]
     assert monitor["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
-    assert {item["port"] for item in monitor["endpoints"]} <= {
-        port["name"] for port in service["spec"]["ports"]
-    }
+    assert {item["port"] for item in monitor["endpoints"]} <= {port["name"] for port in service["spec"]["ports"]}

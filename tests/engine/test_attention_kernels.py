@@ -121,9 +121,7 @@ def packed(shape: CacheShape, parts: list[tuple[list[int], int, int]]) -> Packed
 def static(shape: CacheShape, step: PackedStep, width: int) -> StaticStep:
     """A step of decodes with three rows of padding, which have the last block."""
     last, rows = shape.num_blocks - 1, step.num_sequences
-    tables = torch.tensor(
-        [(table + table[-1:] * width)[:width] for table in step.block_tables], dtype=torch.int32
-    )
+    tables = torch.tensor([(table + table[-1:] * width)[:width] for table in step.block_tables], dtype=torch.int32)
     contexts = torch.tensor(step.context_lens, dtype=torch.int32)
     return StaticStep(
         slots=torch.cat([step.slots.cpu(), torch.tensor([last * shape.block_size] * 3)]).to(shape.device),
@@ -374,10 +372,7 @@ def contract_of_varlen_attn(
     for i, context in enumerate(seqused_k.tolist()):
         span = slice(int(cu_seq_q[i]), int(cu_seq_q[i + 1]))
         keys, values = (
-            cache[block_table[i].long()]
-            .flatten(0, 1)[:context]
-            .float()
-            .repeat_interleave(heads // kv_heads, 1)
+            cache[block_table[i].long()].flatten(0, 1)[:context].float().repeat_interleave(heads // kv_heads, 1)
             for cache in (key, value)
         )
         scores = torch.einsum("qhd,khd->hqk", query[span].float(), keys) * scale
@@ -393,9 +388,7 @@ def contract_of_varlen_attn(
 
 
 @settings(unhurried, max_examples=20)
-@given(
-    shapes(block_sizes=[256], head_dims=[16, 64], dtypes=[torch.bfloat16, torch.float16], longest=300), SEEDS
-)
+@given(shapes(block_sizes=[256], head_dims=[16, 64], dtypes=[torch.bfloat16, torch.float16], longest=300), SEEDS)
 def test_varlen_describes_each_step_as_varlen_attn_wants_it(
     drawn: tuple[CacheShape, int, int | None], seed: int
 ) -> None:
@@ -473,14 +466,10 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_xformers_k
 @given(
     # Two things only a GPU can do: bfloat16, whose dot product the interpreter takes over the raw bits, and
     # heads of 128, for which xformers asks the CUDA device about its age.
-    shapes(
-        block_sizes=[64, 128], head_dims=[16, 32, 64, 256], dtypes=[torch.float32, torch.float16], longest=150
-    ),
+    shapes(block_sizes=[64, 128], head_dims=[16, 32, 64, 256], dtypes=[torch.float32, torch.float16], longest=150),
     SEEDS,
 )
-def test_interpreted_xformers_answers_as_the_formula(
-    drawn: tuple[CacheShape, int, int | None], seed: int
-) -> None:
+def test_interpreted_xformers_answers_as_the_formula(drawn: tuple[CacheShape, int, int | None], seed: int) -> None:
     shape, heads, window = drawn
     assert XformersKernel.unsupported(shape) is None
     compare(XformersKernel, shape, heads, window, seed, sequences=3, longest=150)
@@ -569,10 +558,7 @@ def test_an_engine_answers_the_same_through_any_kernel_and_block_size(tmp_path: 
     for attention, block_size, blocks_of in [("auto", None, 16), ("torch", 5, 5), ("reference", 64, 64)]:
         engine = load_engine(path, attention=attention, block_size=block_size)
         assert (engine.runner.block_size, engine.pool.block_size) == (blocks_of, blocks_of)
-        adds = [
-            Prompt(list(range(3, 3 + length))).add(None, SamplingParams(max_tokens=12))
-            for length in (2, 30, 70)
-        ]
+        adds = [Prompt(list(range(3, 3 + length))).add(None, SamplingParams(max_tokens=12)) for length in (2, 30, 70)]
         answers.append([result.token_ids for _, result in sorted(run_all(engine, adds).items())])
     assert answers[0] == answers[1] == answers[2]
 

@@ -90,9 +90,7 @@ def test_any_sequence_of_uses_keeps_the_books(data: st.DataObject) -> None:
         seq = sequence(tokens)
         reused = pool.reuse_prefix(seq)
         for index, block in enumerate(seq.block_table):
-            assert contents[block] == tuple(tokens[: (index + 1) * SIZE]), (
-                "a block was found for another prefix"
-            )
+            assert contents[block] == tuple(tokens[: (index + 1) * SIZE]), "a block was found for another prefix"
         before = pool.num_free
         if not pool.allocate(seq, length):
             assert pool.missing(seq, length) > before

@@ -164,9 +164,7 @@ def test_freed_memory_is_kept_unless_the_operator_says_otherwise(environ: dict[s
     assert (int(done.stdout) > 90 << 20) is kept
 
 
-def test_the_cores_of_an_idle_replica_are_used_by_the_others(
-    tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cores_of_an_idle_replica_are_used_by_the_others(tiny_llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("engine.executor.usable_cores", lambda: 5)
     monkeypatch.setattr("engine.executor.BYTES_PER_THREAD", 1)

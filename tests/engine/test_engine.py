@@ -52,9 +52,7 @@ def one(engine: Engine, add: Add) -> Result:
     return run_all(engine, [add])[0]
 
 
-def text(
-    *token_ids: int, params: SamplingParams | None = None, seed: int = 0, eos: tuple[int, ...] = EOS
-) -> Add:
+def text(*token_ids: int, params: SamplingParams | None = None, seed: int = 0, eos: tuple[int, ...] = EOS) -> Add:
     return Add(0, list(token_ids), params or greedy(), [seed], eos)
 
 
@@ -92,9 +90,7 @@ def test_length_ends_at_max_tokens_and_at_the_contexts_end(path: Path) -> None:
 
 
 @pytest.mark.parametrize("token_ids", [[], list(range(32)), [5, 100_000], [-1]])
-def test_a_prompt_that_cannot_be_run_is_refused_and_the_others_go_on(
-    path: Path, token_ids: list[int]
-) -> None:
+def test_a_prompt_that_cannot_be_run_is_refused_and_the_others_go_on(path: Path, token_ids: list[int]) -> None:
     engine = load_engine(path, max_model_len=32)
     results = run_all(engine, [text(1, 2), text(*token_ids), text(3, 4)])
     assert results[1].finish == "error"
@@ -155,9 +151,7 @@ def test_a_sampler_that_raises_for_one_request_fails_it_alone(
     """No parameter is known that makes the sampler raise, so it is made to, for one marked seed."""
     real = engine.sampler.sample
 
-    def sample(
-        logits: torch.Tensor, states: Sequence[SamplingState]
-    ) -> tuple[list[int], list[Logprobs | None]]:
+    def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> tuple[list[int], list[Logprobs | None]]:
         if any(state.seed == 13 for state in states):
             raise RuntimeError("provoked")
         return real(logits, states)
@@ -323,9 +317,7 @@ def test_seeded_draws_do_not_depend_on_company_chunking_or_preemption(path: Path
     params = SamplingParams(temperature=1.2, top_p=0.95, max_tokens=30, ignore_eos=True)
     rng = random.Random(5)
     alone = one(load_engine(path), text(9, 8, 7, params=params, seed=42)).token_ids
-    crowd = load_engine(
-        path, max_model_len=90, kv_cache_bytes=512 * 128, max_num_batched_tokens=16, max_num_seqs=16
-    )
+    crowd = load_engine(path, max_model_len=90, kv_cache_bytes=512 * 128, max_num_batched_tokens=16, max_num_seqs=16)
     adds = [
         text(*(rng.randrange(256) for _ in range(rng.randint(3, 40))), params=params, seed=number)
         for number in range(9)
@@ -339,9 +331,7 @@ def test_seeded_draws_do_not_depend_on_company_chunking_or_preemption(path: Path
 
 def test_logprobs_are_those_of_the_model(path: Path, oracle: Oracle) -> None:
     prompt = Prompt([1, random_image(1), 2, 3])
-    add = prompt.add(
-        oracle.preprocessor, greedy(max_tokens=5, logprobs=3, prompt_logprobs=2, ignore_eos=True)
-    )
+    add = prompt.add(oracle.preprocessor, greedy(max_tokens=5, logprobs=3, prompt_logprobs=2, ignore_eos=True))
     result = one(load_engine(path, max_num_batched_tokens=7, max_num_seqs=4), add)
     ids = torch.tensor([add.token_ids + result.token_ids])
     pixels = torch.from_numpy(add.images[0].tensors["pixel_values"].unpack())[None]
@@ -374,9 +364,7 @@ def test_half_precision_follows_float32_closely(path: Path, oracle: Oracle, dtyp
     got = one(load_engine(path, dtype=dtype), add)
     assert want.outputs[0].logprobs is not None
     assert got.outputs[0].logprobs is not None
-    exact = dict(
-        zip(want.outputs[0].logprobs[0].token_ids, want.outputs[0].logprobs[0].logprobs, strict=True)
-    )
+    exact = dict(zip(want.outputs[0].logprobs[0].token_ids, want.outputs[0].logprobs[0].logprobs, strict=True))
     close = dict(zip(got.outputs[0].logprobs[0].token_ids, got.outputs[0].logprobs[0].logprobs, strict=True))
     shared = exact.keys() & close.keys()
     assert len(shared) >= 14

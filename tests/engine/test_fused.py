@@ -57,9 +57,7 @@ def test_layers_with_a_hook_stay_as_they_are() -> None:
     assert type(layer.self_attn.q_proj) is torch.nn.Linear
 
 
-@pytest.mark.parametrize(
-    ("kind", "fused"), [("llama", True), ("mistral", True), ("qwen3", True), ("gemma2", False)]
-)
+@pytest.mark.parametrize(("kind", "fused"), [("llama", True), ("mistral", True), ("qwen3", True), ("gemma2", False)])
 def test_decoders_of_llamas_kind_run_fused_and_others_stacked(tmp_path: Path, kind: str, fused: bool) -> None:
     path = make_text_model(tmp_path / kind, kind)
     loaded = load_model(EngineConfig(model_path=str(path), dtype="float32"), torch.device("cpu"))

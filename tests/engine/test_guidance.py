@@ -124,9 +124,7 @@ def test_any_schema(engine: Engine, seed: int, data: st.DataObject) -> None:
 def schemas() -> st.SearchStrategy[dict[str, Any]]:
     leaves = st.one_of(
         st.integers(-50, 50).map(lambda low: {"type": "integer", "minimum": low, "maximum": low + 7}),
-        st.integers(-(2**62), 2**62).map(
-            lambda low: {"type": "integer", "minimum": low, "maximum": low + 9999}
-        ),
+        st.integers(-(2**62), 2**62).map(lambda low: {"type": "integer", "minimum": low, "maximum": low + 9999}),
         st.integers(0, 4).map(lambda low: {"type": "string", "minLength": low, "maxLength": low + 3}),
         st.sampled_from([{"type": "boolean"}, {"type": "null"}, {"type": "string", "format": "date"}]),
         st.lists(
@@ -147,9 +145,7 @@ def schemas() -> st.SearchStrategy[dict[str, Any]]:
         lists = st.tuples(inner, st.integers(0, 2)).map(
             lambda pair: {"type": "array", "items": pair[0], "minItems": pair[1], "maxItems": pair[1] + 2}
         )
-        return st.one_of(
-            objects, lists, st.lists(inner, min_size=1, max_size=3).map(lambda some: {"anyOf": some})
-        )
+        return st.one_of(objects, lists, st.lists(inner, min_size=1, max_size=3).map(lambda some: {"anyOf": some}))
 
     return st.recursive(leaves, grown, max_leaves=5)
 
@@ -158,9 +154,7 @@ def test_the_others_in_the_batch_get_the_tokens_they_get_alone(path: Path, engin
     free = [
         ask(None, 1, max_tokens=30, ignore_eos=True),
         ask(None, 2, temperature=0.0, max_tokens=30, ignore_eos=True),
-        ask(
-            None, 3, max_tokens=30, ignore_eos=True, top_k=7, repetition_penalty=1.3, min_tokens=9, logprobs=2
-        ),
+        ask(None, 3, max_tokens=30, ignore_eos=True, top_k=7, repetition_penalty=1.3, min_tokens=9, logprobs=2),
     ]
     plain = load_engine(path)
     alone = [answers(plain, add)[0] for add in free]
@@ -391,9 +385,7 @@ def test_a_sentencepiece_tokenizer() -> None:
         '"',
     ]
     backend = Tokenizer(
-        models.BPE(
-            vocab={p: i for i, p in enumerate(pieces)}, merges=[], byte_fallback=True, unk_token="<unk>"
-        )
+        models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=[], byte_fallback=True, unk_token="<unk>")
     )
     backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first")
     backend.decoder = decoders.Sequence(

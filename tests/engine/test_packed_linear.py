@@ -50,9 +50,7 @@ def test_float32_weights_stored_in_bfloat16_take_half_the_memory_and_are_as_exac
     assert packed.large.weight_bytes == 640 * 512 * 2
     for rows in (1, 3, 16, 65):
         data = torch.randn(1, rows, 640)
-        exact = torch.nn.functional.linear(
-            data.double(), plain.large.weight.double(), plain.large.bias.double()
-        )
+        exact = torch.nn.functional.linear(data.double(), plain.large.weight.double(), plain.large.bias.double())
         theirs, ours = ((layers.large(data).double() - exact).norm() for layers in (plain, packed))
         assert ours < 4 * theirs
 
@@ -168,15 +166,11 @@ def test_a_decoder_in_8_bits_has_its_head_and_the_images_encoder_as_they_were(ti
     assert {m for m in linears if isinstance(m, Int8Linear)} == decoders < linears
 
 
-def test_a_cpu_that_does_not_multiply_8_bits_is_told(
-    tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cpu_that_does_not_multiply_8_bits_is_told(tiny_llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> torch.Tensor:
         raise RuntimeError("could not create a primitive descriptor")
 
     monkeypatch.setattr(packed_linear, "_int8_product", refuse)
     config = EngineConfig(model_path=str(tiny_llava), dtype="float32", int8=True)
-    with pytest.raises(
-        ModelLoadError, match="int8 does not work on this CPU; leave it out: could not create"
-    ):
+    with pytest.raises(ModelLoadError, match="int8 does not work on this CPU; leave it out: could not create"):
         load_model(config, torch.device("cpu"))

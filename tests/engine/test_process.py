@@ -283,9 +283,7 @@ def test_a_crash_loop_is_given_up_although_the_watchdog_asks_in_between(
     asyncio.run(scenario())
 
 
-def test_a_restart_that_the_machine_refuses_is_tried_again(
-    llava: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_restart_that_the_machine_refuses_is_tried_again(llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         async with running_group([config(llava)]) as group:
             real, refused = asyncio.create_subprocess_exec, []
@@ -389,10 +387,7 @@ def test_what_a_library_prints_in_it_is_logged(
     async def run() -> None:
         engine = await EngineProcess.spawn()
         try:
-            assert (
-                await engine.ask("tests.support.echoing_child:printed", b"oneDNN has something to say\n")
-                == b"done"
-            )
+            assert await engine.ask("tests.support.echoing_child:printed", b"oneDNN has something to say\n") == b"done"
         finally:
             await engine.stop()
 

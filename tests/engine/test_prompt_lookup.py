@@ -31,9 +31,7 @@ def expected(ids: list[int], most: int, setting: LookupConfig) -> list[int]:
     """The same rule, by trying every place."""
     for length in range(setting.longest, setting.shortest - 1, -1):
         ends = [
-            end
-            for end in range(length, len(ids))
-            if length < len(ids) and ids[end - length : end] == ids[-length:]
+            end for end in range(length, len(ids)) if length < len(ids) and ids[end - length : end] == ids[-length:]
         ]
         if ends:
             whole = [end for end in ends if end + most <= len(ids)]
@@ -48,9 +46,7 @@ def expected(ids: list[int], most: int, setting: LookupConfig) -> list[int]:
     st.integers(1, 3),
     st.integers(0, 2),
 )
-def test_drafts_are_what_followed_the_longest_match(
-    ids: list[int], most: int, shortest: int, more: int
-) -> None:
+def test_drafts_are_what_followed_the_longest_match(ids: list[int], most: int, shortest: int, more: int) -> None:
     setting = LookupConfig(6, shortest, shortest + more)
     lookup = PromptLookup(setting)
     for count in range(1, len(ids) + 1):
@@ -166,9 +162,7 @@ def test_two_ranks_give_the_same_tokens(path: Path, oracle: Oracle) -> None:
 
 
 def test_the_server_counts_what_it_drafts() -> None:
-    asked = (
-        'option.speculative_config={"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1}'
-    )
+    asked = 'option.speculative_config={"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1}'
     with LiveServer(SHAPES, asked) as server:
         reply = server.chat("What is this?", drawing("red-circle"), max_tokens=60, ignore_eos=True).json()
         assert reply["choices"][0]["message"]["content"].startswith("a red circle")

@@ -133,9 +133,7 @@ class TestEditsOfLogits:
 
     def test_bias_is_added_and_unknown_ids_are_ignored(self) -> None:
         logits = random_logits(2, 10)
-        ours = edited(
-            logits, [state([-1, 10], logit_bias={3: 2.5, 10: 9.0, -1: 9.0}, repetition_penalty=2), state()]
-        )
+        ours = edited(logits, [state([-1, 10], logit_bias={3: 2.5, 10: 9.0, -1: 9.0}, repetition_penalty=2), state()])
         expected = logits.clone()
         expected[0, 3] += 2.5
         torch.testing.assert_close(ours, expected)
@@ -163,9 +161,7 @@ class TestEditsOfLogits:
 
     def test_order_is_repetition_then_penalties_then_bias(self) -> None:
         logits = torch.tensor([[4.0, 0.0, 0.0]])
-        ours = edited(
-            logits, [state([], [0], repetition_penalty=2.0, presence_penalty=1.0, logit_bias={0: 10.0})]
-        )
+        ours = edited(logits, [state([], [0], repetition_penalty=2.0, presence_penalty=1.0, logit_bias={0: 10.0})])
         assert ours.tolist() == [[4.0 / 2.0 - 1.0 + 10.0, 0.0, 0.0]]
 
     def test_leaves_the_logits_and_the_other_rows_as_they_were(self) -> None:
@@ -304,8 +300,7 @@ class TestDraw:
             {"min_tokens": 50},
         ]
         states = [
-            state([row, 3, 9], [row % 7] * (row % 5), seed=row + 1, **kinds[row % len(kinds)])
-            for row in range(40)
+            state([row, 3, 9], [row % 7] * (row % 5), seed=row + 1, **kinds[row % len(kinds)]) for row in range(40)
         ]
         together = sample(logits, states)
         alone = [sample(logits[row : row + 1], [states[row]])[0] for row in range(40)]
@@ -321,9 +316,7 @@ class TestDraw:
         for token in output:
             sample(logits, [lived])
             lived.output_token_ids.append(token)
-        assert sample(logits, [lived]) == sample(
-            logits, [state([1, 2], output, seed=11, repetition_penalty=1.1)]
-        )
+        assert sample(logits, [lived]) == sample(logits, [state([1, 2], output, seed=11, repetition_penalty=1.1)])
         positions = {sample(logits, [state(output=[1] * n, seed=11)])[0] for n in range(20)}
         assert len(positions) > 10
 

@@ -113,8 +113,7 @@ class TestTruncation:
             p = softmax(row)
             order = np.argsort(-p)
             curvature = [
-                abs((p[order[i]] - p[order[i + 1]]) - (p[order[i + 1]] - p[order[i + 2]]))
-                for i in range(len(p) - 2)
+                abs((p[order[i]] - p[order[i + 1]]) - (p[order[i + 1]] - p[order[i + 2]])) for i in range(len(p) - 2)
             ]
             reached, kept = 0.0, np.zeros(len(p), bool)
             kept[order[0]] = True
@@ -231,9 +230,7 @@ class TestReshaping:
             np.testing.assert_allclose(mine, formula(row), rtol=2e-3, atol=1e-9)
 
     @pytest.mark.parametrize(("low", "high", "exponent"), [(0.2, 2.0, 1.0), (0.0, 1.5, 2.0), (1.0, 0.5, 0.5)])
-    def test_dynamic_temperature(
-        self, logits: torch.Tensor, low: float, high: float, exponent: float
-    ) -> None:
+    def test_dynamic_temperature(self, logits: torch.Tensor, low: float, high: float, exponent: float) -> None:
         """kalomaze: low + (high - low) * (entropy / log V)^exponent, from the entropy at temperature 1."""
 
         def formula(row: Row) -> Row:
@@ -313,9 +310,7 @@ def dry_penalties(
             continue
         length = 1
         while (
-            place - length >= 0
-            and text[place - length] == text[-1 - length]
-            and text[place - length] not in breakers
+            place - length >= 0 and text[place - length] == text[-1 - length] and text[place - length] not in breakers
         ):
             length += 1
         longest[text[place + 1]] = max(longest.get(text[place + 1], 0), length)
@@ -370,9 +365,7 @@ class TestRepetition:
 
     @given(st.lists(tokens, max_size=40), st.lists(tokens, max_size=40), st.integers(1, 6))
     @settings(max_examples=200, deadline=None)
-    def test_ngrams_at_every_token_of_an_answer(
-        self, prompt: list[int], answer: list[int], size: int
-    ) -> None:
+    def test_ngrams_at_every_token_of_an_answer(self, prompt: list[int], answer: list[int], size: int) -> None:
         rules = Repetition.of(RequestSampling(no_repeat_ngram_size=size), prompt)
         assert rules is not None
         output: list[int] = []
@@ -451,10 +444,7 @@ class TestRepetition:
 class TestBatch:
     def test_answers_do_not_depend_on_who_shares_the_step(self) -> None:
         def states() -> list[SamplingState]:
-            return [
-                state([row, 3, 9, row], seed=row + 1, **KINDS[row % len(KINDS)])
-                for row in range(3 * len(KINDS))
-            ]
+            return [state([row, 3, 9, row], seed=row + 1, **KINDS[row % len(KINDS)]) for row in range(3 * len(KINDS))]
 
         together, alone, shuffled = states(), states(), states()
         order = np.random.default_rng(0).permutation(len(together)).tolist()
@@ -619,9 +609,7 @@ class TestTogether:
 
         def value(name: str) -> float:
             least, most, _ = RANGES[name]
-            found = random.choice(
-                [least, most, random.uniform(least, most), random.uniform(least, least + 2)]
-            )
+            found = random.choice([least, most, random.uniform(least, most), random.uniform(least, least + 2)])
             whole = name in ("dry_allowed_length", "dry_range", "no_repeat_ngram_size")
             return int(found) if whole else float(min(found, most))
 
@@ -630,9 +618,7 @@ class TestTogether:
 
         names = sorted(RANGES.keys() - {"no_repeat_ngram_size"})
         for _ in range(1500):
-            params = {
-                str(name): value(name) for name in random.choice(names, random.integers(1, 7), replace=False)
-            }
+            params = {str(name): value(name) for name in random.choice(names, random.integers(1, 7), replace=False)}
             params |= one_of({}, {"tfs": one_of(1e-9, 0.5, 0.999)}, {"mirostat_mode": 2}, {"top_k": 1000})
             params |= one_of({}, {"top_p": 1e-9}, {"min_p": 1.0}, {"typical_p": one_of(1e-9, 0.5)})
             params |= {
@@ -741,9 +727,7 @@ class TestWords:
         def ids(text: str) -> tuple[int, ...]:
             return tuple(tokenizer(text).input_ids)
 
-        params = tokenise_words(
-            RequestSampling(bad_words=("no", " né"), bad_words_token_ids=((5,),)), tokenizer
-        )
+        params = tokenise_words(RequestSampling(bad_words=("no", " né"), bad_words_token_ids=((5,),)), tokenizer)
         assert params.bad_words == ()
         assert set(params.bad_words_token_ids) == {(5,), ids("no"), ids(" no"), ids("né"), ids(" né")}
 
@@ -763,9 +747,7 @@ class TestWords:
             return tuple(sorted(tokenizer(text).input_ids[-1] for text in texts))
 
         dry = {"dry_multiplier": 0.8}
-        assert tokenise_words(RequestSampling(**dry), tokenizer).dry_sequence_breaker_ids == last(
-            *DRY_BREAKERS
-        )
+        assert tokenise_words(RequestSampling(**dry), tokenizer).dry_sequence_breaker_ids == last(*DRY_BREAKERS)
         named = tokenise_words(
             RequestSampling(dry_sequence_breakers=("!?",), dry_sequence_breaker_ids=(9,), **dry), tokenizer
         )
@@ -794,9 +776,7 @@ class TestVllm:
     def test_what_it_lacks_is_carried_to_our_sampler_where_it_would_change_the_answer(
         self, params: dict[str, Any]
     ) -> None:
-        given = RequestSampling(
-            **params, repetition_penalty=1.3, stop=("x",), min_tokens=2, logprobs=1, seed=5
-        )
+        given = RequestSampling(**params, repetition_penalty=1.3, stop=("x",), min_tokens=2, logprobs=1, seed=5)
         asked = to_vllm(self.vllm, given, 1)
         own = set(params) <= {"temperature", "allowed_token_ids"}
         assert ("extra_args" in asked) is not own
@@ -863,9 +843,7 @@ class TestVllm:
     def test_none_where_the_engine_drafts(self, tmp_path: Path, by_model: bool) -> None:
         arguments: dict[str, Any] = {"model": str(tmp_path)}
         if by_model:
-            (tmp_path / "config.json").write_text(
-                '{"speculators_config": {"algorithm": "eagle3"}, "limit": Infinity}'
-            )
+            (tmp_path / "config.json").write_text('{"speculators_config": {"algorithm": "eagle3"}, "limit": Infinity}')
         else:
             arguments["speculative_config"] = {"method": "ngram"}
         assert offer(arguments).lacking == "with speculative decoding"

@@ -79,9 +79,7 @@ def steps(
     raise AssertionError("the engine did not finish")
 
 
-def test_a_stream_does_not_wait_for_long_prompts(
-    monkeypatch: pytest.MonkeyPatch, path: Path, oracle: Oracle
-) -> None:
+def test_a_stream_does_not_wait_for_long_prompts(monkeypatch: pytest.MonkeyPatch, path: Path, oracle: Oracle) -> None:
     engine = load_engine(path, max_step_seconds=BOUND)
     params = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True)
     prompts = [text(40, 0), text(300, 7), text(250, 60)]

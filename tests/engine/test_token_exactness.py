@@ -16,9 +16,7 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
 MODELS = {
     "llama": lambda path: make_text_model(path, "llama"),
     "mistral-window": lambda path: make_text_model(path, "mistral"),
-    "llama-dynamic": lambda path: make_text_model(
-        path, "llama", max_position_embeddings=240, rope_parameters=DYNAMIC
-    ),
+    "llama-dynamic": lambda path: make_text_model(path, "llama", max_position_embeddings=240, rope_parameters=DYNAMIC),
     "phi3": lambda path: make_text_model(path, "phi3"),
     "phi3-window": lambda path: make_text_model(path, "phi3", sliding_window=24),
     "qwen2": lambda path: make_text_model(path, "qwen2"),

@@ -164,9 +164,7 @@ def test_the_files_of_a_checkpoint(tmp_path: Path) -> None:
             weight_files(tmp_path, **options)
         return str(caught.value)
 
-    assert refusal().startswith(
-        "the model's directory holds no weights: there is neither model.safetensors nor"
-    )
+    assert refusal().startswith("the model's directory holds no weights: there is neither model.safetensors nor")
     put("pytorch_model.bin.index.json", "a.bin", "b.bin")
     assert refusal() == refusal(pickled=True)
     assert refusal().startswith("pytorch_model.bin.index.json names a.bin, which is missing")
@@ -176,9 +174,7 @@ def test_the_files_of_a_checkpoint(tmp_path: Path) -> None:
     assert names(pickled=True) == ["a.bin", "b.bin"]
     put("model.safetensors.index.json", "b.safetensors", "a.safetensors", "a.safetensors")
     put("b.safetensors")
-    assert refusal(pickled=True).startswith(
-        "model.safetensors.index.json names a.safetensors, which is missing"
-    )
+    assert refusal(pickled=True).startswith("model.safetensors.index.json names a.safetensors, which is missing")
     put("a.safetensors")
     assert names() == names(pickled=True) == ["a.safetensors", "b.safetensors"]
     put(SAFE)

@@ -34,8 +34,7 @@ def scene(*shapes: tuple[str, str, world.RGB, float], width: int = 300, height: 
     """Return a white scene with shapes given as kind, colour, levels and the middle's place across."""
     rng = random.Random(0)
     made = [
-        world.make_shape(kind, color, rgb, (across, height / 2), 36.0, 0.0, rng)
-        for kind, color, rgb, across in shapes
+        world.make_shape(kind, color, rgb, (across, height / 2), 36.0, 0.0, rng) for kind, color, rgb, across in shapes
     ]
     return world.Scene(width, height, "white", (255, 255, 255), tuple(sorted(made, key=lambda s: s.x)))
 
@@ -180,9 +179,7 @@ def test_targets_are_the_answers() -> None:
 
 def test_a_new_export_loads_in_transformers(tmp_path: Path) -> None:
     network.export(network.create().state_dict(), tmp_path)
-    loaded, found = transformers.AutoModelForImageTextToText.from_pretrained(
-        tmp_path, output_loading_info=True
-    )
+    loaded, found = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert loaded.dtype == torch.bfloat16
     names = set(network.read_weights(tmp_path))

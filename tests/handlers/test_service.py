@@ -392,9 +392,7 @@ async def test_text_models_refuse_images_and_missing_adapters_are_404() -> None:
 
 @run
 async def test_answers_are_interleaved_by_index() -> None:
-    steps = [
-        d for pair in zip(said("a", "b"), said("x", "y", index=1, reason="length"), strict=True) for d in pair
-    ]
+    steps = [d for pair in zip(said("a", "b"), said("x", "y", index=1, reason="length"), strict=True) for d in pair]
     subject = service(ScriptedBackend(steps))
     whole = json.loads((await subject.answer(incoming(chat(n=2)))).body)
     assert [(c["index"], c["message"]["content"], c["finish_reason"]) for c in whole["choices"]] == [
@@ -414,9 +412,7 @@ async def test_prompts_of_a_list_are_answered_in_order_however_long_they_take() 
         number = int(request.request_id.rpartition("-")[2])
         return said(str(number), pause=0.05 * (3 - number))
 
-    reply = await service(ScriptedBackend(script)).answer(
-        incoming({"inputs": ["a", "b", "c"]}, "/invocations")
-    )
+    reply = await service(ScriptedBackend(script)).answer(incoming({"inputs": ["a", "b", "c"]}, "/invocations"))
     assert [one["generated_text"] for one in json.loads(reply.body)] == ["0", "1", "2"]
 
 
@@ -555,9 +551,7 @@ async def test_images_have_the_time_that_the_request_has() -> None:
 
     asked = chat([{"type": "image_url", "image_url": "https://images.example/0.png"}])
     before = time.monotonic()
-    await service(ScriptedBackend(said("a")), ImagesNotingDeadlines(), predict_timeout=5.0).answer(
-        incoming(asked)
-    )
+    await service(ScriptedBackend(said("a")), ImagesNotingDeadlines(), predict_timeout=5.0).answer(incoming(asked))
     assert deadlines[0] is not None
     assert before + 5.0 <= deadlines[0] <= time.monotonic() + 5.0
 

@@ -34,8 +34,6 @@ def shapes_container(image: str) -> Iterator[Container]:
     """As SageMaker starts it, on a port of the platform's choice."""
     port = free_port()
     mount = ("--volume", f"{SHAPES}:/opt/ml/model:ro", "--env", f"SAGEMAKER_BIND_TO_PORT={port}")
-    with Container(
-        image, "serve", options=(*mount, "--env", 'OPTION_LIMIT_MM_PER_PROMPT={"image": 4}')
-    ) as one:
+    with Container(image, "serve", options=(*mount, "--env", 'OPTION_LIMIT_MM_PER_PROMPT={"image": 4}')) as one:
         one.ready()
         yield one

@@ -49,9 +49,7 @@ def build() -> str:
     if named := os.environ.get("LMI_IMAGE"):
         return named
     if os.getuid() != 0 or lacking:
-        reason = (
-            f"{', '.join(lacking)} not installed" if lacking else "only root can build without a registry"
-        )
+        reason = f"{', '.join(lacking)} not installed" if lacking else "only root can build without a registry"
         raise CannotBuild(f"the image cannot be built here: {reason}")
     CACHE.mkdir(parents=True, exist_ok=True)
     with _alone(), tempfile.TemporaryDirectory() as folder:
@@ -194,9 +192,7 @@ def _run(command: list[str], seconds: float = 120) -> subprocess.CompletedProces
 
 
 if __name__ == "__main__":
-    signal.signal(
-        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
-    )  # so that `_run` ends what it started
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that `_run` ends what it started
     if sys.argv[1:] == ["--remove"]:
         remove()
     else:

@@ -32,9 +32,7 @@ class Container:
         self._command = podman("run", "--rm", "--name", self.name, *run_options(options), image, *command)
 
     def __enter__(self) -> Container:
-        self._process = subprocess.Popen(
-            self._command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         threading.Thread(target=self._read, daemon=True).start()
         return self
 
@@ -81,9 +79,7 @@ class Container:
 
     def signal(self, name: str) -> None:
         """Send a signal to its process 1, as `docker stop` does."""
-        subprocess.run(
-            podman("kill", "--signal", name, self.name), capture_output=True, timeout=60, check=True
-        )
+        subprocess.run(podman("kill", "--signal", name, self.name), capture_output=True, timeout=60, check=True)
 
     def wait(self) -> int:
         """Its exit status, once it has ended."""

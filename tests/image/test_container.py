@@ -70,9 +70,7 @@ def test_sigterm_under_load_loses_nothing(busy: Container) -> None:
     def ask(number: int) -> int:
         if number % 2:
             return int(
-                httpx.post(f"{busy.url}/invocations", json=long, timeout=60).json()["usage"][
-                    "completion_tokens"
-                ]
+                httpx.post(f"{busy.url}/invocations", json=long, timeout=60).json()["usage"]["completion_tokens"]
             )
         body = {**long, "stream": True, "stream_options": {"include_usage": True}}
         with httpx.stream("POST", f"{busy.url}/invocations", json=body, timeout=60) as reply:
@@ -202,11 +200,7 @@ def test_attention_is_compiled_though_there_is_no_compiler(image: str) -> None:
 def commands_of_the_page() -> list[list[str]]:
     """The words after `docker run --rm` of each command of docker/README.md that needs neither registry nor GPU."""
     text = (ROOT / "docker" / "README.md").read_text().replace("\\\n", " ").replace("$PWD", str(ROOT))
-    lines = [
-        line
-        for line in text.splitlines()
-        if line.startswith("    docker run --rm ") and "[registry]" not in line
-    ]
+    lines = [line for line in text.splitlines() if line.startswith("    docker run --rm ") and "[registry]" not in line]
     return [shlex.split(line, comments=True)[3:] for line in lines]
 
 
@@ -239,9 +233,7 @@ def test_what_is_in_the_image(image: str) -> None:
 
 
 def test_what_platforms_read_of_the_image(image: str) -> None:
-    shown = subprocess.run(
-        podman("image", "inspect", image), capture_output=True, text=True, check=True
-    ).stdout
+    shown = subprocess.run(podman("image", "inspect", image), capture_output=True, text=True, check=True).stdout
     (facts,) = json.loads(shown)
     config = facts["Config"]
     assert facts["Size"] < 1.6e9

@@ -174,9 +174,7 @@ def test_lines_wait_for_places_that_others_have(tmp_path: Path) -> None:
 
         for reply in threads.map(ask, range(2)):
             assert reply.status_code == 200
-            assert [sorted(json.loads(line)) for line in reply.content.splitlines()] == [
-                ["generated_text"]
-            ] * 10
+            assert [sorted(json.loads(line)) for line in reply.content.splitlines()] == [["generated_text"]] * 10
 
 
 def test_a_client_that_leaves_ends_all_its_lines(tmp_path: Path) -> None:

@@ -126,9 +126,7 @@ def test_huggingface_hub(server: LiveServer, major: int) -> None:
 
 
 def test_text_generation(server: LiveServer) -> None:
-    answers = said(
-        server, sys.executable, CLIENTS / "ask_text_generation.py", packages=aside("text-generation")
-    )
+    answers = said(server, sys.executable, CLIENTS / "ask_text_generation.py", packages=aside("text-generation"))
     assert listed(answers.pop("version")) == "0.7.0"
     assert answers == {
         "generate": ["a red circle", "eos_token", True],
@@ -178,9 +176,7 @@ def test_javascript(server: LiveServer) -> None:
 def curl(command: str) -> str:
     if shutil.which("curl") is None:
         pytest.skip("there is no curl on this machine")
-    done = subprocess.run(
-        ["sh", "-c", command], capture_output=True, text=True, timeout=60, cwd=ROOT, check=False
-    )
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -188,9 +184,7 @@ def curl(command: str) -> str:
 def spoken(stream: str) -> str:
     """The text of a chat's server-sent events."""
     lines = [line.removeprefix("data: ") for line in stream.splitlines() if line.startswith("data: {")]
-    return "".join(
-        choice["delta"].get("content") or "" for line in lines for choice in json.loads(line)["choices"]
-    )
+    return "".join(choice["delta"].get("content") or "" for line in lines for choice in json.loads(line)["choices"])
 
 
 def test_curl_as_make_serve_prints_it(server: LiveServer) -> None:
@@ -223,9 +217,7 @@ def test_curl_as_tgis_documentation_prints_it(server: LiveServer) -> None:
     address = server.url.removeprefix("http://")
     whole = curl(f"curl {address}/generate -X POST -d '{body}' -H 'Content-Type: application/json'")
     assert json.loads(whole) == {"generated_text": "a red circle"}
-    stream = curl(
-        f"curl -s {address}/generate_stream -X POST -d '{body}' -H 'Content-Type: application/json'"
-    )
+    stream = curl(f"curl -s {address}/generate_stream -X POST -d '{body}' -H 'Content-Type: application/json'")
     events = [json.loads(line.removeprefix("data:")) for line in stream.splitlines() if line]
     assert events[-1]["generated_text"] == "a red circle"
     assert "".join(e["token"]["text"] for e in events if not e["token"]["special"]) == "a red circle"

@@ -141,8 +141,7 @@ def test_a_prompt_is_cut_at_the_side_that_is_asked_for(client: openai.OpenAI, to
 def test_prompts_with_images_are_not_cut(client: openai.OpenAI) -> None:
     image = f"![]({data_url(random_image(3))})"
     plain, cut = (
-        complete(client, f"{image}{PROMPT}", extra_body=extra)
-        for extra in ({}, {"truncate_prompt_tokens": 4})
+        complete(client, f"{image}{PROMPT}", extra_body=extra) for extra in ({}, {"truncate_prompt_tokens": 4})
     )
     assert plain.usage is not None
     assert cut.usage is not None

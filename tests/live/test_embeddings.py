@@ -60,8 +60,7 @@ def test_embeddings_are_answered_like_the_image(server: LiveServer, image: Image
 def test_several_keep_their_order_and_a_batch_of_one_is_one(server: LiveServer) -> None:
     red, blue = circle("red"), square("blue")
     told = [
-        answer(server, body(features(first), features(second)[None]))
-        for first, second in ((red, blue), (blue, red))
+        answer(server, body(features(first), features(second)[None])) for first, second in ((red, blue), (blue, red))
     ]
     assert told[0] == answer(server, chat_body(red, blue, WHAT, max_tokens=32))
     assert told[1] == answer(server, chat_body(blue, red, WHAT, max_tokens=32))

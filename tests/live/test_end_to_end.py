@@ -177,19 +177,13 @@ def test_stop_strings_end_the_answer_and_are_not_part_of_it(server: LiveServer) 
 def test_ping_answers_many_times_while_one_answer_is_made(server: LiveServer) -> None:
     async def ask() -> None:
         async with httpx.AsyncClient(base_url=server.url, timeout=120) as http_client:
-            bodies = [
-                chat_body(random_image(number), "go", max_tokens=450, ignore_eos=True) for number in range(8)
-            ]
-            asking = [
-                asyncio.create_task(http_client.post("/v1/chat/completions", json=body)) for body in bodies
-            ]
+            bodies = [chat_body(random_image(number), "go", max_tokens=450, ignore_eos=True) for number in range(8)]
+            asking = [asyncio.create_task(http_client.post("/v1/chat/completions", json=body)) for body in bodies]
             while " 8.0" not in (await http_client.get("/metrics?name[]=lmi_requests_running")).text:
                 assert not all(one.done() for one in asking)
             for _ in range(30):
                 assert (await http_client.get("/ping")).status_code == 200
-            assert not any(one.done() for one in asking), (
-                "450 steps of the model took less time than 30 pings"
-            )
+            assert not any(one.done() for one in asking), "450 steps of the model took less time than 30 pings"
             assert [reply.status_code for reply in await asyncio.gather(*asking)] == [200] * 8
 
     asyncio.run(ask())
@@ -284,9 +278,7 @@ def small_server(model: Path) -> Iterator[LiveServer]:
         yield live
 
 
-def test_images_come_over_http_from_allowed_hosts(
-    small_server: LiveServer, image_host: str, truth: Truth
-) -> None:
+def test_images_come_over_http_from_allowed_hosts(small_server: LiveServer, image_host: str, truth: Truth) -> None:
     reply = small_server.chat(image_host, "hello")
     assert same(reply.json()["choices"][0]["message"]["content"], truth.answer(random_image(3), "hello"))
 
@@ -359,9 +351,7 @@ def test_a_killed_engine_is_replaced_and_nobody_hangs(mortal_server: LiveServer,
 
 
 @pytest.mark.skipif(VLLM, reason="vLLM has one replica on a CPU by default")
-def test_a_small_model_has_two_replicas_by_default(
-    shapes_server: LiveServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_small_model_has_two_replicas_by_default(shapes_server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A request does not wait for the second, and goes to it when the first has died."""
     if len(plan_engines(Settings(), str(SHAPES), 0)) == 1:
         pytest.skip("this machine has too few cores or too little memory")

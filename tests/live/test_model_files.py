@@ -76,6 +76,4 @@ def test_a_call_that_was_cut_does_not_end_the_conversation(server: LiveServer) -
     forced = chat(server, messages, tools=[NOW], tool_choice="required", max_tokens=2)
     (choice,) = forced["choices"]
     assert choice["finish_reason"] == "length"
-    assert chat(server, [*messages, choice["message"]], tools=[NOW])["prompt_text"].startswith(
-        "how many shapes?;"
-    )
+    assert chat(server, [*messages, choice["message"]], tools=[NOW])["prompt_text"].startswith("how many shapes?;")

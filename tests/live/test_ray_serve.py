@@ -85,16 +85,11 @@ def test_chats_go_through_whole_and_streamed(ray: str) -> None:
     for route in ("/v1/chat/completions", "/invocations"):
         reply = httpx.post(f"{ray}{route}", json=body, timeout=60)
         assert reply.json()["choices"][0]["message"]["content"] == "a red circle"
-    with httpx.stream(
-        "POST", f"{ray}/v1/chat/completions", json={**body, "stream": True}, timeout=60
-    ) as reply:
+    with httpx.stream("POST", f"{ray}/v1/chat/completions", json={**body, "stream": True}, timeout=60) as reply:
         assert reply.headers["content-type"].startswith("text/event-stream")
         *chunks, done = [line.removeprefix("data: ") for line in reply.iter_lines() if line]
     assert done == "[DONE]"
-    assert (
-        "".join(json.loads(chunk)["choices"][0]["delta"].get("content") or "" for chunk in chunks)
-        == "a red circle"
-    )
+    assert "".join(json.loads(chunk)["choices"][0]["delta"].get("content") or "" for chunk in chunks) == "a red circle"
 
 
 def test_errors_and_their_headers_go_through(ray: str) -> None:

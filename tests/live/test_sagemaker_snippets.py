@@ -19,9 +19,7 @@ PAGE = (ROOT / "docs" / "sagemaker.md").read_text()
 SNIPPETS: dict[str, str] = dict(re.findall(r"```python\n# (\S+)\n(.*?)```", PAGE, re.DOTALL))
 
 # The SDK looks at the endpoint every 30 s.
-_RUN = (
-    "import sys, time; sleep = time.sleep; time.sleep = lambda s: sleep(min(s, 0.2)); exec(sys.stdin.read())"
-)
+_RUN = "import sys, time; sleep = time.sleep; time.sleep = lambda s: sleep(min(s, 0.2)); exec(sys.stdin.read())"
 
 
 @pytest.fixture

@@ -101,9 +101,7 @@ def test_invocations_streamed_and_whole_and_in_lmis_own_words(server: LiveServer
 def test_right_answers_while_many_share_the_batch(client: openai.OpenAI) -> None:
     colors = ["red", "green", "blue", "black"] * 8
     with ThreadPoolExecutor(16) as pool:
-        answers = list(
-            pool.map(lambda color: ask(client, circle(color), "What is this an image of?"), colors)
-        )
+        answers = list(pool.map(lambda color: ask(client, circle(color), "What is this an image of?"), colors))
     assert answers == [f"a {color} circle" for color in colors]
 
 

@@ -160,9 +160,7 @@ def test_tgis_example_in_kind(server: LiveServer, route: str, kind: str) -> None
         ({"guided_regex": "[a-z]+ (green|red) circle"}, "a red circle"),
         ({"response_format": {"type": "regex", "value": "a (blue|red) (square|circle)"}}, "a red circle"),
         (
-            {
-                "guided_grammar": 'root ::= "a " color " " kind\ncolor ::= "blue" | "red"\nkind ::= "circle" | "star"'
-            },
+            {"guided_grammar": 'root ::= "a " color " " kind\ncolor ::= "blue" | "red"\nkind ::= "circle" | "star"'},
             "a red circle",
         ),
         ({"structured_outputs": {"grammar": 'start: "a " /blue|red/ " circle"'}}, "a red circle"),
@@ -175,9 +173,7 @@ def test_tgis_example_in_kind(server: LiveServer, route: str, kind: str) -> None
         ),
     ],
 )
-def test_the_answer_is_the_right_one_among_those_allowed(
-    server: LiveServer, fields: dict[str, Any], want: str
-) -> None:
+def test_the_answer_is_the_right_one_among_those_allowed(server: LiveServer, fields: dict[str, Any], want: str) -> None:
     question = fields.pop("question", "What is this an image of?")
     assert choice(server.chat(question, drawing("red-circle"), **fields)) == (want, "stop")
 
@@ -204,9 +200,7 @@ def test_drawn_answers_validate_each(server: LiveServer) -> None:
 
 def test_an_answer_cut_short_says_so(server: LiveServer) -> None:
     text, finish = choice(
-        server.chat(
-            "Answer in JSON.", drawing("red-circle"), response_format=json_schema(DRAWING), max_tokens=6
-        )
+        server.chat("Answer in JSON.", drawing("red-circle"), response_format=json_schema(DRAWING), max_tokens=6)
     )
     assert finish == "length"
     with pytest.raises(json.JSONDecodeError):
@@ -222,9 +216,7 @@ def test_a_stop_string_ends_a_constrained_answer(server: LiveServer) -> None:
 
 
 def test_log_probabilities_have_a_place_for_each_token(server: LiveServer) -> None:
-    reply = server.chat(
-        "Hello!", structured_outputs={"regex": "[0-9]{3}"}, logprobs=True, top_logprobs=2
-    ).json()
+    reply = server.chat("Hello!", structured_outputs={"regex": "[0-9]{3}"}, logprobs=True, top_logprobs=2).json()
     content = reply["choices"][0]["logprobs"]["content"]
     assert len(content) == reply["usage"]["completion_tokens"]
     assert re.fullmatch("[0-9]{3}", reply["choices"][0]["message"]["content"])

@@ -14,9 +14,7 @@ if TYPE_CHECKING:
     from tests.page.conftest import Watched
 
 
-def test_the_report_opens_alone_and_shows_both_servers(
-    watched: Callable[[str], Watched], tmp_path: Path
-) -> None:
+def test_the_report_opens_alone_and_shows_both_servers(watched: Callable[[str], Watched], tmp_path: Path) -> None:
     from axe_playwright_python.sync_playwright import Axe
 
     path = tmp_path / "report.html"

@@ -36,9 +36,7 @@ DROP = """([target, files]) => {
 
 def drop(page: Page, *files: tuple[str, str, bytes]) -> None:
     """Files as name, type and bytes, dropped on the composer."""
-    given = [
-        {"name": name, "type": kind, "bytes": base64.b64encode(data).decode()} for name, kind, data in files
-    ]
+    given = [{"name": name, "type": kind, "bytes": base64.b64encode(data).decode()} for name, kind, data in files]
     page.evaluate(DROP, ["#composer", given])
     page.locator("#images li").nth(len(files) - 1).wait_for()
 
@@ -177,9 +175,7 @@ def test_the_pages_are_reached_by_keys_and_have_no_serious_fault(shapes_page: Pa
             shapes_page.emulate_media(color_scheme=theme)
             faults = Axe().run(shapes_page).response["violations"]
             serious = [fault for fault in faults if fault["impact"] in ("serious", "critical")]
-            assert not serious, [
-                (fault["id"], [node["html"] for node in fault["nodes"]]) for fault in serious
-            ]
+            assert not serious, [(fault["id"], [node["html"] for node in fault["nodes"]]) for fault in serious]
         shapes_page.keyboard.press("ArrowRight")
 
 
@@ -222,9 +218,7 @@ def test_stop_ends_an_answer_in_the_engine_too(browser: Browser, tmp_path: Path)
         page = context.new_page()
 
         def never_ends_by_itself(route: Route) -> None:
-            route.continue_(
-                post_data={**route.request.post_data_json, "max_tokens": 32000, "ignore_eos": True}
-            )
+            route.continue_(post_data={**route.request.post_data_json, "max_tokens": 32000, "ignore_eos": True})
 
         page.route("**/v1/chat/completions", never_ends_by_itself)
         page.goto(server.url)

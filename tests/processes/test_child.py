@@ -97,14 +97,10 @@ def test_what_it_prints_is_logged_line_by_line_within_a_rate(caplog: pytest.LogC
         assert child.last_output.endswith("the last words")
 
     with_child(work, level=logging.DEBUG)
-    said = [
-        (record.levelname, record.getMessage()) for record in caplog.records if record.name == logger.name
-    ]
+    said = [(record.levelname, record.getMessage()) for record in caplog.records if record.name == logger.name]
     assert said[:2] == [("DEBUG", "hello"), ("WARNING", "with a level")]
     assert sum(len(text) for _, text in said) < 200_000  # of 13 MB
-    left_out = [
-        re.fullmatch(r"(\d+) bytes that the process printed were not logged", text) for _, text in said
-    ]
+    left_out = [re.fullmatch(r"(\d+) bytes that the process printed were not logged", text) for _, text in said]
     assert sum(int(found[1]) for found in left_out if found) > 12_000_000
     assert all("\n" not in text for _, text in said)
 

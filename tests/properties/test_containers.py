@@ -11,9 +11,7 @@ from properties.settings import Settings
 from properties.sources import SGLANG
 
 
-def configure(
-    environ: dict[str, str], *options: str, backend_options: frozenset[str] = frozenset()
-) -> Configuration:
+def configure(environ: dict[str, str], *options: str, backend_options: frozenset[str] = frozenset()) -> Configuration:
     return resolve(model="org/model", environ=environ, options=options, backend_options=backend_options)
 
 
@@ -164,21 +162,16 @@ class TestTheModel:
 
     @pytest.mark.parametrize("variable", ["SM_VLLM_MODEL", "SM_SGLANG_MODEL_PATH"])
     def test_the_containers_variable_comes_first(self, store: Path, variable: str) -> None:
-        found = resolve(
-            model=None, environ={variable: "org/m", "HF_MODEL_ID": "org/other"}, model_store=store
-        )
+        found = resolve(model=None, environ={variable: "org/m", "HF_MODEL_ID": "org/other"}, model_store=store)
         assert found.model_location.value == "org/m"
         assert found.sources["model_id"].location == variable
 
-    def test_then_the_store_then_the_hubs(
-        self, store: Path, tmp_path_factory: pytest.TempPathFactory
-    ) -> None:
+    def test_then_the_store_then_the_hubs(self, store: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
         environ = {"HF_MODEL_ID": "org/m", "SM_VLLM_MAX_MODEL_LEN": "64"}
         found = resolve(model=None, environ=environ, model_store=store)
         assert found.model_location.value == str(store)
-        assert (
-            f"HF_MODEL_ID is not used: beside SM_VLLM_* and SM_SGLANG_* variables, the model in {store}"
-            in "".join(texts(found))
+        assert f"HF_MODEL_ID is not used: beside SM_VLLM_* and SM_SGLANG_* variables, the model in {store}" in "".join(
+            texts(found)
         )
         empty = tmp_path_factory.mktemp("store")
         assert resolve(model=None, environ=environ, model_store=empty).model_location.value == "org/m"

@@ -210,9 +210,7 @@ PUBLISHED: list[tuple[str, str | dict[str, str], dict[str, Any]]] = [
 """Where, what, and options that must come out. All of them mean the best backend, with full batching."""
 
 
-@pytest.mark.parametrize(
-    ("written", "expected"), [case[1:] for case in PUBLISHED], ids=[case[0] for case in PUBLISHED]
-)
+@pytest.mark.parametrize(("written", "expected"), [case[1:] for case in PUBLISHED], ids=[case[0] for case in PUBLISHED])
 def test_a_published_configuration_is_served_by_vllm_with_full_batching(
     tmp_path: Path, written: str | dict[str, str], expected: dict[str, Any]
 ) -> None:
@@ -273,17 +271,13 @@ def test_disable_beside_a_batch_size_is_dynamic_batching(tmp_path: Path) -> None
 
 
 def test_a_bad_batch_size_is_told_by_its_own_name(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigurationError, match=r"  batch_size = 'abc' \(serving.properties line 2\): allowed"
-    ):
+    with pytest.raises(ConfigurationError, match=r"  batch_size = 'abc' \(serving.properties line 2\): allowed"):
         read(tmp_path, "option.rolling_batch=disable\nbatch_size=abc")
     with pytest.raises(ConfigurationError, match=r"  option.data_type = 'int3' "):
         read(tmp_path, "option.data_type=int3")
 
 
-@pytest.mark.parametrize(
-    "entry", ["djl_python.lmi_vllm", "djl_python.async_service", "djl_python.LMI_vLLM.x"]
-)
+@pytest.mark.parametrize("entry", ["djl_python.lmi_vllm", "djl_python.async_service", "djl_python.LMI_vLLM.x"])
 def test_the_asynchronous_handler_by_less_than_its_whole_name(tmp_path: Path, entry: str) -> None:
     found = read(tmp_path, f"option.rolling_batch=disable\noption.entryPoint={entry}")
     assert found.settings.rolling_batch == "auto"
@@ -291,9 +285,7 @@ def test_the_asynchronous_handler_by_less_than_its_whole_name(tmp_path: Path, en
 
 
 def test_lmis_recommended_settings_need_no_warning(tmp_path: Path) -> None:
-    found = read(
-        tmp_path, f"option.async_mode=true\noption.rolling_batch=disable\noption.entryPoint={ASYNC}\n"
-    )
+    found = read(tmp_path, f"option.async_mode=true\noption.rolling_batch=disable\noption.entryPoint={ASYNC}\n")
     assert found.warnings == []
     assert found.without_effect("vllm") == found.without_effect("rolling") == []
     assert found.sources["rolling_batch"].location == (
@@ -381,8 +373,6 @@ def test_the_start_says_what_serves_in_which_type_and_what_is_not_obeyed() -> No
         "option.limit_mm_per_prompt (SM_VLLM_LIMIT_MM_PER_PROMPT) allows video, which is not served: only images are",
         "option.gpu_memory_utilization = 0.5 has no effect: no accelerator is visible",
         "of the 90000 MiB of kv_cache_memory_mb: 4 requests of ",
-        ": as the model is stored"
-        if computes_bfloat16("cpu")
-        else "computing in float32: the model is stored in",
+        ": as the model is stored" if computes_bfloat16("cpu") else "computing in float32: the model is stored in",
     ):
         assert line in live.log

@@ -20,9 +20,7 @@ def directory(path: Path, file: str | None = None) -> Path:
 
 @pytest.mark.parametrize("variable", ["HF_MODEL_ID", "OPTION_MODEL_ID"])
 def test_hub_id_with_an_empty_store(tmp_path: Path, variable: str) -> None:
-    found = resolve(
-        model=None, environ={variable: "org/My-Model.v1", "HF_REVISION": "v2"}, model_store=tmp_path
-    )
+    found = resolve(model=None, environ={variable: "org/My-Model.v1", "HF_REVISION": "v2"}, model_store=tmp_path)
     assert found.model_location == ModelLocation("hub", "org/My-Model.v1", "org_My_Model_v1", "v2")
     assert found.home is None
     assert found.warnings == []
@@ -113,9 +111,7 @@ def test_command_line_directory_wins_over_the_environment(tmp_path: Path) -> Non
     model = directory(tmp_path / "mine")
     found = resolve(model=str(model), environ={"HF_MODEL_ID": "org/m"}, model_store=tmp_path)
     assert found.model_location.value == str(model)
-    assert [str(warning) for warning in found.warnings] == [
-        "HF_MODEL_ID is not used: MODEL names a directory"
-    ]
+    assert [str(warning) for warning in found.warnings] == ["HF_MODEL_ID is not used: MODEL names a directory"]
 
 
 def test_properties_of_a_command_line_directory_may_name_the_model(tmp_path: Path) -> None:
@@ -164,9 +160,7 @@ def test_no_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", ["/no/such/place", "./nowhere", "a/b/c", '"org/model"', "djl://x"])
 def test_what_is_no_model(model: str) -> None:
-    with pytest.raises(
-        ConfigurationError, match=r"option.model_id = .*(no such directory|allowed: a directory)"
-    ):
+    with pytest.raises(ConfigurationError, match=r"option.model_id = .*(no such directory|allowed: a directory)"):
         resolve(model=model, environ={})
 
 

@@ -22,9 +22,7 @@ def test_command_line_over_sagemaker(tmp_path: Path) -> None:
 
 
 def test_sagemaker_over_file(tmp_path: Path) -> None:
-    found = configure(
-        tmp_path, "option.predict_timeout=3\nminWorkers=3\n", SAGEMAKER_MODEL_SERVER_TIMEOUT_SECONDS="2"
-    )
+    found = configure(tmp_path, "option.predict_timeout=3\nminWorkers=3\n", SAGEMAKER_MODEL_SERVER_TIMEOUT_SECONDS="2")
     assert found.settings.predict_timeout == 2
     assert found.sources["predict_timeout"].location == "SAGEMAKER_MODEL_SERVER_TIMEOUT_SECONDS"
     assert found.settings.min_workers == 3
@@ -138,9 +136,7 @@ def test_empty_value_is_absent_everywhere(tmp_path: Path) -> None:
         ("OPTION_ENGINE", "Python", "engine", "Python"),
     ],
 )
-def test_every_variable_reaches_its_option(
-    tmp_path: Path, variable: str, text: str, name: str, value: object
-) -> None:
+def test_every_variable_reaches_its_option(tmp_path: Path, variable: str, text: str, name: str, value: object) -> None:
     (tmp_path / "mine.py").touch()
     found = configure(tmp_path, **{variable: text})
     assert getattr(found.settings, name) == value

@@ -43,9 +43,7 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
 )
 def test_unknown_variable_is_a_warning_with_the_nearest_name(variable: str, suggestion: str) -> None:
     found = configure(**{variable: "1"})
-    assert [str(warning) for warning in found.warnings] == [
-        f"{variable}: no such option; did you mean {suggestion}?"
-    ]
+    assert [str(warning) for warning in found.warnings] == [f"{variable}: no such option; did you mean {suggestion}?"]
 
 
 def test_unknown_name_in_the_file_tells_the_line(tmp_path: Path) -> None:
@@ -53,8 +51,7 @@ def test_unknown_name_in_the_file_tells_the_line(tmp_path: Path) -> None:
     (tmp_path / "serving.properties").write_text("\noption.max_modle_len=5\ndtype=fp16\n")
     found = resolve(model=str(tmp_path), environ={})
     assert [str(warning) for warning in found.warnings] == [
-        "option.max_modle_len (serving.properties line 2): no such option; "
-        "did you mean option.max_model_len?",
+        "option.max_modle_len (serving.properties line 2): no such option; did you mean option.max_model_len?",
         "dtype (serving.properties line 3): no such option; did you mean option.dtype?",
     ]
 
@@ -144,9 +141,7 @@ def test_what_djl_and_lmi_know_gets_a_true_answer(tmp_path: Path, key: str, told
     (tmp_path / "serving.properties").write_text(f"{key}=1\n")
     for found in (
         resolve(model=str(tmp_path), environ={"SERVING_STRICT_OPTIONS": "true"}),
-        configure(
-            **{("OPTION_" if key[:7] == "option." else "SERVING_") + key.removeprefix("option.").upper(): "1"}
-        ),
+        configure(**{("OPTION_" if key[:7] == "option." else "SERVING_") + key.removeprefix("option.").upper(): "1"}),
     ):
         (warning,) = found.warnings
         assert "has no effect here: " in str(warning)

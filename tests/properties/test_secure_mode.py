@@ -65,9 +65,7 @@ def forbidden(model: Path | str, *options: str, controls: str = ALL, **environ: 
         ("additional_chat_templates/tool_use.jinja", "", "DISALLOW_CHAT_TEMPLATE"),
     ],
 )
-def test_a_forbidden_file_is_named_with_its_control(
-    model: Path, name: str, content: str, control: str
-) -> None:
+def test_a_forbidden_file_is_named_with_its_control(model: Path, name: str, content: str, control: str) -> None:
     path = model / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content)
@@ -140,9 +138,7 @@ def test_options_that_only_vllm_knows_are_forbidden(model: Path, name: str, valu
         'kv_transfer_config={"kv_connector": "MultiConnector", "kv_connector_extra_config": {"connectors": []}}',
     ],
 )
-def test_what_can_bring_code_or_files_past_the_controls_is_forbidden_by_each(
-    model: Path, option: str
-) -> None:
+def test_what_can_bring_code_or_files_past_the_controls_is_forbidden_by_each(model: Path, option: str) -> None:
     name = option.partition("=")[0]
     told = forbidden(model, option, controls="DISALLOW_PICKLE_FILES")
     assert told == f"{name} (--option {name}) is forbidden by SAGEMAKER_SECURE_MODE"
@@ -167,9 +163,7 @@ def test_untrusted_channels_are_searched(model: Path, tmp_path: Path) -> None:
     channels = f"{tmp_path / 'a'}, {tmp_path / 'b'}"
     told = forbidden(model, SAGEMAKER_UNTRUSTED_CHANNELS=channels)
     assert told.startswith(f"{tmp_path}/b/sub/x.pkl is forbidden by DISALLOW_PICKLE_FILES")
-    assert "nowhere is not a directory" in forbidden(
-        model, SAGEMAKER_UNTRUSTED_CHANNELS=f"{tmp_path}/nowhere"
-    )
+    assert "nowhere is not a directory" in forbidden(model, SAGEMAKER_UNTRUSTED_CHANNELS=f"{tmp_path}/nowhere")
 
 
 def test_a_model_that_is_fetched_is_checked_when_it_is_there(model: Path) -> None:

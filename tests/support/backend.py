@@ -6,11 +6,7 @@ import os
 
 VLLM = os.environ.get("LMI_TEST_BACKEND", "rolling") == "vllm"
 
-OPTIONS = (
-    ("rolling_batch=vllm", "enforce_eager=true", "kv_cache_memory_mb=256")
-    if VLLM
-    else ("spare_engine=false",)
-)
+OPTIONS = ("rolling_batch=vllm", "enforce_eager=true", "kv_cache_memory_mb=256") if VLLM else ("spare_engine=false",)
 """For every server, before the test's own. A spare engine would be one more process to those who count them."""
 
 READY_SECONDS = 240.0 if VLLM else 90.0

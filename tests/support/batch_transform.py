@@ -76,6 +76,4 @@ def _joined(request: bytes, reply: bytes) -> bytes:
     if len(inputs) != len(outputs):
         raise TransformFailed(f"{len(inputs)} records were sent, {len(outputs)} came back")
     pairs = zip(inputs, outputs, strict=True)
-    return b"\n".join(
-        json.dumps({**json.loads(a), "SageMakerOutput": json.loads(b)}).encode() for a, b in pairs
-    )
+    return b"\n".join(json.dumps({**json.loads(a), "SageMakerOutput": json.loads(b)}).encode() for a, b in pairs)

@@ -22,9 +22,7 @@ def messages(*parts: dict[str, Any]) -> list[Any]:
     return [{"role": "user", "content": [*parts, {"type": "text", "text": "What is it?"}]}]
 
 
-def loaded(
-    *parts: dict[str, Any], wanted: EmbeddingsWanted = WANTED, **limits: Any
-) -> list[LoadedEmbeddings]:
+def loaded(*parts: dict[str, Any], wanted: EmbeddingsWanted = WANTED, **limits: Any) -> list[LoadedEmbeddings]:
     """The way of a request's parts to a backend."""
 
     async def load() -> list[LoadedEmbeddings]:

@@ -45,9 +45,7 @@ def image_of(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def expanded(
-    preprocessor: Preprocessor[Any], tokenizer: Any, text: str, images: Sequence[Image.Image]
-) -> list[int]:
+def expanded(preprocessor: Preprocessor[Any], tokenizer: Any, text: str, images: Sequence[Image.Image]) -> list[int]:
     """The tokens of a text with an image token for each image, as the backend makes them."""
     variant, waiting = preprocessor.variant(len(images)), iter(images)
     token_ids: list[int] = []

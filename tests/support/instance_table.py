@@ -34,8 +34,7 @@ _BEGIN, _END = (
 )
 
 _INSTANCES = [
-    instance_of(f"ml.{size}")
-    for size in ("g6.xlarge", "g6e.xlarge", "g6.12xlarge", "g6e.12xlarge", "p5.48xlarge")
+    instance_of(f"ml.{size}") for size in ("g6.xlarge", "g6e.xlarge", "g6.12xlarge", "g6e.12xlarge", "p5.48xlarge")
 ]
 _CLIP = {
     "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
@@ -106,9 +105,7 @@ def _gemma(parameters: int, text: dict[str, Any]) -> HubModel:
     return HubModel(make_gemma3, parameters, config, processor, {"image_seq_length": 256})
 
 
-_MISTRAL = _stack(
-    4096, 14336, 32, 32, 8, model_type="mistral", vocab_size=32064, max_position_embeddings=32768
-)
+_MISTRAL = _stack(4096, 14336, 32, 32, 8, model_type="mistral", vocab_size=32064, max_position_embeddings=32768)
 _NEMO = _stack(
     5120, 14336, 40, 32, 8, head_dim=128, model_type="mistral", vocab_size=131072, max_position_embeddings=1024000,
 )  # fmt: skip
@@ -161,9 +158,7 @@ def rewritten(page: str) -> str:
         rooms.append([name, f"{2 * model.parameters / 2**30:.1f} GiB", *map(_room, reports)])
         tokens = reports[-1]["prompts"]["image_tokens"]
         costs.setdefault(tuple(tokens.values()), []).append(name)
-    heads = [
-        f"{one.name}: {one.gpus} x {one.gpu.name.removeprefix('NVIDIA ')}" for one in _INSTANCES if one.gpu
-    ]
+    heads = [f"{one.name}: {one.gpus} x {one.gpu.name.removeprefix('NVIDIA ')}" for one in _INSTANCES if one.gpu]
     rows = [[", ".join(names), *map(str, counts)] for counts, names in costs.items()]
     tables = iter((_table(["model", "weights", *heads], rooms), _table(["model", *tokens], rows)))
     between = re.compile(f"(?<={re.escape(_BEGIN)}).*?(?={re.escape(_END)})", re.DOTALL)

@@ -120,11 +120,7 @@ def text(string: str) -> list[int | Image.Image]:
 def expansion(preprocessor: Preprocessor[Any], images: Sequence[Image.Image]) -> list[int]:
     """Ours, of a prompt with these images and nothing else."""
     variant = preprocessor.variant(len(images))
-    return [
-        token
-        for image in images
-        for token in preprocessor.layout(image.width, image.height, variant).token_ids
-    ]
+    return [token for image in images for token in preprocessor.layout(image.width, image.height, variant).token_ids]
 
 
 def check_joint_expansion(path: Path, image_token: str, images: Sequence[Image.Image], **kwargs: Any) -> None:
@@ -161,10 +157,7 @@ def check_chat(path: Path, oracle: Oracle, template: str, images: Sequence[Image
             async def ask(
                 n: int = 1, constraint: Constraint | None = None, **sampling: Any
             ) -> tuple[list[int], list[Delta]]:
-                parts = [
-                    ImagePart("data:", LoadedImage(image, bytes([number])))
-                    for number, image in enumerate(images)
-                ]
+                parts = [ImagePart("data:", LoadedImage(image, bytes([number]))) for number, image in enumerate(images)]
                 options = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, **sampling}
                 chat = ChatPrompt([Message("user", [*parts, TextPart("what?")])])
                 generation = await backend.generate(
@@ -181,9 +174,7 @@ def check_chat(path: Path, oracle: Oracle, template: str, images: Sequence[Image
             _, stopped = await ask(allowed_token_ids=CAPITALS, stop=(stop,))
             assert "".join(delta.text for delta in stopped) == written[: written.index(stop)]
             assert stopped[-1].finish_reason == "stop"
-            _, anything = await ask(
-                constraint=Constraint("regex", r"(.|\n)*"), logit_bias={image_token_id: 100.0}
-            )
+            _, anything = await ask(constraint=Constraint("regex", r"(.|\n)*"), logit_bias={image_token_id: 100.0})
             assert image_token_id not in tokens(anything)
 
     asyncio.run(scenario())

@@ -162,9 +162,7 @@ def make_llava(
     make_tokenizer().save_pretrained(path)
     size = {"height": 28, "width": 28}
     processor = (
-        CLIPImageProcessor(size=size, do_center_crop=False)
-        if tower == "clip"
-        else SiglipImageProcessor(size=size)
+        CLIPImageProcessor(size=size, do_center_crop=False) if tower == "clip" else SiglipImageProcessor(size=size)
     )
     processor.save_pretrained(path)
     preprocessor = json.loads((path / "preprocessor_config.json").read_text())

@@ -56,9 +56,7 @@ async def answer(backend: Pipeline, asked: GenerationRequest) -> list[Delta]:
     return [delta async for delta in await backend.generate(asked)]
 
 
-async def check_stop_string(
-    backend: Pipeline, make: Callable[..., GenerationRequest], *content: object
-) -> None:
+async def check_stop_string(backend: Pipeline, make: Callable[..., GenerationRequest], *content: object) -> None:
     """Stops an answer to the content at the third character of what it is otherwise: capital letters."""
     letters: dict[str, Any] = {"allowed_token_ids": CAPITALS}
     whole = "".join(delta.text for delta in await answer(backend, make(*content, sampling=letters)))

@@ -81,9 +81,7 @@ class SageMakerFront:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self) -> SageMakerFront:
-        threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
-        ).start()
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         return self
 
     def __exit__(
@@ -115,9 +113,7 @@ class SageMakerFront:
                 self.loaded.remove(name)
             else:
                 body = {"model_name": name, "url": self.models[target]}
-                while (
-                    reply := httpx.post(f"{self.container}/models", json=body, timeout=90)
-                ).status_code == 507:
+                while (reply := httpx.post(f"{self.container}/models", json=body, timeout=90)).status_code == 507:
                     self.evicted.append(self.loaded.pop(0))
                     httpx.delete(f"{self.container}/models/{self.evicted[-1]}", timeout=90).raise_for_status()
                 reply.raise_for_status()
@@ -156,9 +152,7 @@ class _Handler(BaseHTTPRequestHandler):
             if not self._signed(body):
                 return self._refuse(403, "InvalidSignatureException", message="The signature does not match.")
             status, told = self.front.control(target.removeprefix("SageMaker."), json.loads(body))
-            return self._send(
-                status, {"Content-Type": "application/x-amz-json-1.1"}, json.dumps(told).encode()
-            )
+            return self._send(status, {"Content-Type": "application/x-amz-json-1.1"}, json.dumps(told).encode())
         called = _PATH.fullmatch(self.path)
         container = None if called is None else self.front.container_of(called[1])
         if called is None or container is None:
@@ -197,9 +191,7 @@ class _Handler(BaseHTTPRequestHandler):
         signed = {name: self.headers[name] for name in found[2].split(";")}
         request = AWSRequest("POST", self.front.url + self.path, headers=signed, data=body)
         request.context["timestamp"] = self.headers["x-amz-date"]
-        expected = signer.signature(
-            signer.string_to_sign(request, signer.canonical_request(request)), request
-        )
+        expected = signer.signature(signer.string_to_sign(request, signer.canonical_request(request)), request)
         return found[1] == signer.scope(request) and hmac.compare_digest(expected, found[3])
 
     def _container_headers(self, streamed: bool) -> dict[str, str]:

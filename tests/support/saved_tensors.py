@@ -41,9 +41,7 @@ def part(thing: Any) -> dict[str, Any]:
     return {"type": "image_embeds", "image_embeds": value}
 
 
-def repacked(
-    file: bytes, changed: Callable[[str, bytes], bytes | None], method: int = zipfile.ZIP_STORED
-) -> bytes:
+def repacked(file: bytes, changed: Callable[[str, bytes], bytes | None], method: int = zipfile.ZIP_STORED) -> bytes:
     """The same archive with other contents: None leaves an entry out."""
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(file)) as old, zipfile.ZipFile(out, "w", method) as new:

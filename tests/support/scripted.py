@@ -32,9 +32,7 @@ def token(token_id: int, text: str, logprob: float = -0.5, rank: int = 1) -> Tok
     return TokenLogprob(token_id, text, logprob, rank)
 
 
-def said(
-    *texts: str, index: int = 0, reason: str = "stop", pause: float | None = None, **last: Any
-) -> list[Step]:
+def said(*texts: str, index: int = 0, reason: str = "stop", pause: float | None = None, **last: Any) -> list[Step]:
     """A delta for each text, the last one with a finish reason."""
     steps: list[Step] = []
     for i, text in enumerate(texts):
@@ -132,9 +130,7 @@ class ScriptedImages:
         self.loaded: list[str] = []
         self.cancelled = False
 
-    async def load(
-        self, parts: Sequence[ImagePart], deadline: float | None = None, first_index: int = 0
-    ) -> None:
+    async def load(self, parts: Sequence[ImagePart], deadline: float | None = None, first_index: int = 0) -> None:
         self.asked = True
         try:
             await asyncio.sleep(self.seconds)
@@ -171,9 +167,7 @@ class Watched:
 
 
 def service(backend: ScriptedBackend, images: ScriptedImages | None = None, **options: Any) -> Service:
-    own = {
-        name: options.pop(name) for name in ("observer", "formats", "gates", "keep_alive") if name in options
-    }
+    own = {name: options.pop(name) for name in ("observer", "formats", "gates", "keep_alive") if name in options}
     settings = Settings(**options)
     return Service(backend, images or ScriptedImages(), settings, model_name="shapes", **own)  # type: ignore[arg-type]
 

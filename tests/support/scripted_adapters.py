@@ -51,9 +51,7 @@ class LoraEngine:
         self.asked.set()
         await self.gate.wait()
         if os.path.exists(f"{request.lora_path}/rank"):  # noqa: ASYNC240 - a test's
-            raise RuntimeError(
-                f"Call to add_lora failed:\nLoRA rank 64 of {request.lora_path} is greater than 16"
-            )
+            raise RuntimeError(f"Call to add_lora failed:\nLoRA rank 64 of {request.lora_path} is greater than 16")
         self.loaded[request.lora_int_id] = request.lora_name
         return True
 

@@ -58,9 +58,9 @@ def make_fuyu(path: Path, *, seed: int = 0) -> Path:
             torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(path)
     make_tokenizer().save_pretrained(path)
-    FuyuImageProcessorPil(
-        size={"height": 60, "width": 80}, patch_size={"height": 10, "width": 10}
-    ).save_pretrained(path)
+    FuyuImageProcessorPil(size={"height": 60, "width": 80}, patch_size={"height": 10, "width": 10}).save_pretrained(
+        path
+    )
     write_generation_config(path)
     return path
 

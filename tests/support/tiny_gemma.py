@@ -81,9 +81,7 @@ def make_gemma3(path: Path, *, seed: int = 0, tokens: int = 4, newlines: bool = 
     return path
 
 
-def make_paligemma(
-    path: Path, *, second: bool = False, seed: int = 0, newlines: bool = VLLM, **text: Any
-) -> Path:
+def make_paligemma(path: Path, *, second: bool = False, seed: int = 0, newlines: bool = VLLM, **text: Any) -> Path:
     """28-pixel images of 16 tokens. second: PaliGemma 2, with Gemma 2's window and caps. No chat template."""
     torch.manual_seed(seed)
     decoder = text_config("gemma2" if second else "gemma", **_SIZE, **text)

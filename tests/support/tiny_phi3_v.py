@@ -136,6 +136,4 @@ def _move_image_token(file: Path) -> None:
 
 
 def begin_with_bos(tokenizer: PreTrainedTokenizerFast) -> None:
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 256)]
-    )
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])

@@ -61,9 +61,7 @@ def make_pixtral(path: Path, *, merge: int = 1, seed: int = 0) -> Path:
     )
     save_tiny(model, path, HUB_NAMES_OF_PIXTRAL)
     tokenizer = make_tokenizer(TEMPLATE)
-    special = [
-        AddedToken(token, special=True, normalized=False) for token in ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
-    ]
+    special = [AddedToken(token, special=True, normalized=False) for token in ("[IMG]", "[IMG_BREAK]", "[IMG_END]")]
     tokenizer.backend_tokenizer.add_special_tokens(special)
     tokenizer.save_pretrained(path)
     processor = PixtralImageProcessor(size={"longest_edge": LONGEST}, patch_size=UNIT // merge)

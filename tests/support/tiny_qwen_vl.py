@@ -98,9 +98,7 @@ def _write_config_of_the_hub(path: Path, kind: str) -> None:
     path.write_text(json.dumps(config))
 
 
-def _write_processor_files(
-    path: Path, tokenizer: PreTrainedTokenizerFast, kind: str, most_tokens: int
-) -> None:
+def _write_processor_files(path: Path, tokenizer: PreTrainedTokenizerFast, kind: str, most_tokens: int) -> None:
     tokenizer.save_pretrained(path)
     patch = _VISION[kind]["patch_size"]
     token = (2 * patch) ** 2

@@ -198,13 +198,9 @@ has(MultiModalCacheStats, "queries hits")
 
 # Parsers.
 assert (
-    parser_names("tool_call_parser")
-    == set(ToolParserManager.list_registered())
-    > {"hermes", "qwen3_coder", "kimi_k2"}
+    parser_names("tool_call_parser") == set(ToolParserManager.list_registered()) > {"hermes", "qwen3_coder", "kimi_k2"}
 )
-assert (
-    parser_names("reasoning_parser") == set(ReasoningParserManager.list_registered()) > {"qwen3", "granite"}
-)
+assert parser_names("reasoning_parser") == set(ReasoningParserManager.list_registered()) > {"qwen3", "granite"}
 parsing = load_parsing()
 kind = parsing.ParserManager.get_parser(
     tool_parser_name="hermes", reasoning_parser_name="granite", enable_auto_tools=True, is_harmony=False

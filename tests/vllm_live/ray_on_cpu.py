@@ -11,8 +11,7 @@ from pathlib import Path
 _PLUGIN = {
     "ray_on_cpu.py": 'def platform():\n    return "ray_on_cpu_platform.RayOnCpu"\n',
     "ray_on_cpu_platform.py": (
-        "from vllm.platforms.cpu import CpuPlatform\n\n\n"
-        'class RayOnCpu(CpuPlatform):\n    ray_device_key = "GPU"\n'
+        'from vllm.platforms.cpu import CpuPlatform\n\n\nclass RayOnCpu(CpuPlatform):\n    ray_device_key = "GPU"\n'
     ),
     "ray_on_cpu-1.dist-info/METADATA": "Metadata-Version: 2.1\nName: ray-on-cpu\nVersion: 1\n",
     "ray_on_cpu-1.dist-info/entry_points.txt": "[vllm.platform_plugins]\nray_on_cpu = ray_on_cpu:platform\n",

@@ -43,8 +43,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = path / "other" / "adapter_model.safetensors"
     # Of a model with twice the width.
     wide = {
-        name: tensor.repeat(*((1, 2) if "lora_A" in name else (2, 1)))
-        for name, tensor in load_file(weights).items()
+        name: tensor.repeat(*((1, 2) if "lora_A" in name else (2, 1))) for name, tensor in load_file(weights).items()
     }
     save_file(wide, weights)
     return path

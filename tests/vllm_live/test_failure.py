@@ -125,9 +125,7 @@ def test_killed_under_load_everybody_is_told_at_once_and_service_returns(server:
 
 def test_clients_that_leave_under_load_leave_nothing_behind(server: LiveServer) -> None:
     async def leave(client: httpx.AsyncClient, number: int) -> None:
-        body = chat_body(
-            circle("blue"), WHAT, stream=number % 2 == 0, n=1 + number % 3, temperature=1.0, **LONG
-        )
+        body = chat_body(circle("blue"), WHAT, stream=number % 2 == 0, n=1 + number % 3, temperature=1.0, **LONG)
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.3 + 0.05 * number):
                 await client.post("/v1/chat/completions", json=body)
@@ -282,8 +280,5 @@ def test_the_first_request_of_a_kind_does_not_wait_for_a_compiler(
 def test_an_engine_that_cannot_start_says_where_the_reason_is() -> None:
     with LiveServer(SHAPES, "num_gpu_blocks_override=1", ready=False) as server:
         assert server.wait() == 1
-        assert (
-            "the reason is in the log above, in the last lines that begin with (Worker or (EngineCore"
-            in server.log
-        )
+        assert "the reason is in the log above, in the last lines that begin with (Worker or (EngineCore" in server.log
         assert "(EngineCore pid=" in server.log

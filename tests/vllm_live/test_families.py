@@ -32,9 +32,7 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "phi3_v": make_phi3_v,
 }
 OPTIONS = ("dtype=float32", 'limit_mm_per_prompt={"image": 2}')
-OWN = dict.fromkeys(("pixtral", "mistral3"), ("image_placeholder_token=[IMG]",)) | {
-    "phi3_v": ("max_model_len=2048",)
-}
+OWN = dict.fromkeys(("pixtral", "mistral3"), ("image_placeholder_token=[IMG]",)) | {"phi3_v": ("max_model_len=2048",)}
 """By family: the tiny tokenizer, unlike Pixtral's, also has the token that vLLM writes for a Llava's image; and vLLM's
 default is the context with short frequencies."""
 TEXT_AND_NEWLINE = (

@@ -36,9 +36,7 @@ def test_it_is_served_with_the_hugging_face_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("merge", [1, 2])
-def test_mistrals_own_files_alone_give_the_same_answers_with_both_backends(
-    merge: int, tmp_path: Path
-) -> None:
+def test_mistrals_own_files_alone_give_the_same_answers_with_both_backends(merge: int, tmp_path: Path) -> None:
     """For images that need no resizing: mistral_common, which vLLM prepares them with, has OpenCV do that."""
     model = make_mistral(tmp_path / "model", merge=merge)
     images = [noise(UNIT * columns, UNIT * rows, rows) for columns, rows in ((8, 8), (1, 3), (5, 2))]

@@ -22,9 +22,7 @@ CPU = Machine((), Device("host memory", 16 << 30))
 
 def refusals(*options: str, machine: Machine = CPU, model: Path = SHAPES) -> list[str]:
     """As a start has them."""
-    configuration = resolve(
-        model=str(model), environ={}, options=options, backend_options=engine_argument_names()
-    )
+    configuration = resolve(model=str(model), environ={}, options=options, backend_options=engine_argument_names())
     try:
         engine_arguments(load(), configuration, model, machine)
     except ConfigurationError as error:
@@ -34,9 +32,7 @@ def refusals(*options: str, machine: Machine = CPU, model: Path = SHAPES) -> lis
 
 def found_together(*options: str, model: Path = SHAPES) -> list[str]:
     """As `lmi check` has them."""
-    configuration = resolve(
-        model=str(model), environ={}, options=options, backend_options=engine_argument_names()
-    )
+    configuration = resolve(model=str(model), environ={}, options=options, backend_options=engine_argument_names())
     return [str(problem) for problem in refused_options(configuration, model, CPU)]
 
 

@@ -37,9 +37,7 @@ def wide_model() -> None:
 
 
 def configure(*options: str, **environ: str) -> Configuration:
-    return resolve(
-        model=str(SHAPES), environ=environ, options=options, backend_options=engine_argument_names()
-    )
+    return resolve(model=str(SHAPES), environ=environ, options=options, backend_options=engine_argument_names())
 
 
 def devices(count: int) -> Machine:
@@ -124,9 +122,7 @@ def test_a_bad_value_is_told_with_the_option_and_what_is_allowed(option: str, me
 
 def test_check_tells_it_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_check(str(SHAPES), ["rolling_batch=vllm", "max_logprobs=many"], False, {}) == 1
-    assert "option.max_logprobs = 'many' (--option max_logprobs): allowed: a whole number" in (
-        capsys.readouterr().out
-    )
+    assert "option.max_logprobs = 'many' (--option max_logprobs): allowed: a whole number" in (capsys.readouterr().out)
 
 
 def test_two_spellings_may_agree_but_not_differ() -> None:
@@ -146,9 +142,7 @@ def test_a_misspelt_name_is_told_the_nearest_of_ours_and_of_vllms() -> None:
     assert not configure("mm_encoder_tp_mode=data").warnings
     assert configure("mm_encoder_tp_mode=data", "strict_options=true").extra
     (told,) = configure("mm_encoder_tp_mode=data").unhonoured("rolling")
-    assert "option.mm_encoder_tp_mode (--option mm_encoder_tp_mode) has no effect with the rolling" in str(
-        told
-    )
+    assert "option.mm_encoder_tp_mode (--option mm_encoder_tp_mode) has no effect with the rolling" in str(told)
 
 
 @pytest.mark.parametrize(
@@ -175,9 +169,7 @@ def test_what_is_not_written_fills_the_machine(
 
 def test_a_degree_that_the_heads_do_not_allow_is_told_before_anything_is_loaded() -> None:
     (problem,) = problems("tensor_parallel_degree=3", machine=devices(3))
-    assert (
-        "16 key/value heads and its vision tower's 16 heads cannot be shared evenly by 3 devices" in problem
-    )
+    assert "16 key/value heads and its vision tower's 16 heads cannot be shared evenly by 3 devices" in problem
     assert arguments(machine=devices(6))["tensor_parallel_size"] == 4
 
 
@@ -230,9 +222,7 @@ def test_machines_without_ray_take_equal_parts(options: tuple[str, ...], message
 
 def test_vllm_is_told_of_the_machines() -> None:
     made = load().AsyncEngineArgs(
-        **arguments(
-            "tensor_parallel_degree=2", "nnodes=2", "node_rank=1", "master_addr=10.0.0.7", "master_port=4711"
-        )
+        **arguments("tensor_parallel_degree=2", "nnodes=2", "node_rank=1", "master_addr=10.0.0.7", "master_port=4711")
     )
     found = made.create_engine_config(headless=True).parallel_config
     assert (found.nnodes, found.node_rank, found.world_size, found.local_world_size) == (2, 1, 2, 1)

@@ -53,18 +53,14 @@ def bodies() -> list[dict[str, Any]]:
         turns = [message(*content)]
         if number % 7 == 0:
             turns += [message("a red circle", role="assistant"), message(rng.choice(QUESTIONS))]
-        made.append(
-            {"messages": turns, "temperature": 0, "max_tokens": 24, "logprobs": True, "top_logprobs": 2}
-        )
+        made.append({"messages": turns, "temperature": 0, "max_tokens": 24, "logprobs": True, "top_logprobs": 2})
     return made
 
 
 def answers(requests: Sequence[dict[str, Any]], backend: str) -> list[dict[str, Any]]:
     with LiveServer(SHAPES, f"rolling_batch={backend}", *OPTIONS) as server, ThreadPoolExecutor(16) as pool:
         replies = list(pool.map(lambda body: server.http.post("/v1/chat/completions", json=body), requests))
-    assert all(reply.status_code == 200 for reply in replies), [
-        r.text for r in replies if r.status_code != 200
-    ]
+    assert all(reply.status_code == 200 for reply in replies), [r.text for r in replies if r.status_code != 200]
     return [reply.json() for reply in replies]
 
 
@@ -81,11 +77,7 @@ def test_the_prompts_are_the_same_tokens(both: Any) -> None:
         for count in ("prompt_tokens", "completion_tokens"):
             assert one["usage"][count] == other["usage"][count], number
         details = "prompt_tokens_details"
-        assert (
-            one["usage"][details]["image_tokens"]
-            == other["usage"][details]["image_tokens"]
-            == 64 * (number % 5)
-        )
+        assert one["usage"][details]["image_tokens"] == other["usage"][details]["image_tokens"] == 64 * (number % 5)
 
 
 def test_the_answers_are_the_same_words(both: Any) -> None:
@@ -103,9 +95,7 @@ def test_the_certainties_are_close(both: Any) -> None:
     ours, theirs = both
     far = []
     for number, (one, other) in enumerate(zip(ours, theirs, strict=True)):
-        pairs = zip(
-            one["choices"][0]["logprobs"]["content"], other["choices"][0]["logprobs"]["content"], strict=True
-        )
+        pairs = zip(one["choices"][0]["logprobs"]["content"], other["choices"][0]["logprobs"]["content"], strict=True)
         for place, (a, b) in enumerate(pairs):
             assert a["token"] == b["token"]
             if abs(a["logprob"] - b["logprob"]) > CLOSE:

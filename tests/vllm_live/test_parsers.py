@@ -151,9 +151,7 @@ def told(pieces: Sequence[Piece]) -> tuple[str, str, list[tuple[str, Any]]]:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_calls_are_those_of_the_whole_extraction_wherever_the_stream_is_cut(
-    name: str, tokenizer: Any
-) -> None:
+def test_calls_are_those_of_the_whole_extraction_wherever_the_stream_is_cut(name: str, tokenizer: Any) -> None:
     text, content, calls = CALLS[name]
     found = formats(tokenizer, f"tool_call_parser={name}").tools
     assert found is not None
@@ -306,9 +304,7 @@ def test_a_parser_that_raises_loses_nothing_and_is_logged_once(
         assert kept.endswith(rest), at
         broken = [piece.index for piece in pieces if isinstance(piece, CallBroken)]
         for start in starts:
-            arguments = "".join(
-                p.text for p in pieces if isinstance(p, CallArguments) and p.index == start.index
-            )
+            arguments = "".join(p.text for p in pieces if isinstance(p, CallArguments) and p.index == start.index)
             assert start.index in broken or isinstance(json.loads(arguments), dict)
     parser = tripping(found.parser(ParserContext(TOOLS)), 0)
     caplog.clear()
@@ -358,11 +354,7 @@ def test_a_server_answers_through_them() -> None:
         assert "tool_calls" not in whole["message"]
         plain = server.chat("What is this?", max_tokens=12, temperature=0, stream=True, tools=TOOLS)
         chunks = [
-            json.loads(line.removeprefix("data: "))
-            for line in plain.text.splitlines()
-            if line.startswith("data: {")
+            json.loads(line.removeprefix("data: ")) for line in plain.text.splitlines() if line.startswith("data: {")
         ]
-        content = "".join(
-            choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"]
-        )
+        content = "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
         assert content == whole["message"]["content"]

@@ -100,9 +100,7 @@ class OlderBatch:
         if request.vllm.seed is not None:
             generator = torch.Generator().manual_seed(request.vllm.seed)
         self.batch.add_request(
-            CachedRequestState(
-                request.name, request.prompt, [], request.vllm, generator, ([],), 0, request.output
-            )
+            CachedRequestState(request.name, request.prompt, [], request.vllm, generator, ([],), 0, request.output)
         )
 
     def remove(self, request: Request) -> None:
@@ -215,9 +213,7 @@ def test_few_mirostats_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processor_rows, "REMEMBERED", 3)
     rows = processor_rows.SamplerProcessor(None, CPU)
     made = [
-        to_vllm(
-            compat.load(), RequestSampling(mirostat_mode=2, mirostat_tau=2.0, mirostat_eta=0.1, seed=seed), 1
-        )
+        to_vllm(compat.load(), RequestSampling(mirostat_mode=2, mirostat_tau=2.0, mirostat_eta=0.1, seed=seed), 1)
         for seed in range(9)
     ]
     states = [rows.row(params, [1], []).state for params in made]  # type: ignore[union-attr]

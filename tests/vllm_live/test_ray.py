@@ -157,15 +157,10 @@ def test_the_devices_of_all_machines_are_counted(
         assert running_cluster() == Cluster(devices=2, machines=2)
         assert run_check(str(model), RAY, False, {}) == 0
         assert "devices needed: 2, there: 2 on 2 machines" in capsys.readouterr().out
-        assert (
-            run_check(str(model), [*RAY, "tensor_parallel_degree=2", "pipeline_parallel_degree=2"], False, {})
-            == 0
-        )
+        assert run_check(str(model), [*RAY, "tensor_parallel_degree=2", "pipeline_parallel_degree=2"], False, {}) == 0
         told = capsys.readouterr().out
         assert "devices needed: 4, there: 2 on 2 machines" in told
-        assert re.search(
-            "needs 4 devices, but the Ray cluster has 2 on 2 machines: the start waits for more", told
-        )
+        assert re.search("needs 4 devices, but the Ray cluster has 2 on 2 machines: the start waits for more", told)
 
 
 @pytest.mark.machines
@@ -200,9 +195,7 @@ def test_without_ray_it_is_said_what_to_install(
 ) -> None:
     monkeypatch.setattr(devices, "find_spec", lambda name: None)
     assert run_check(str(model), RAY, False, {}) == 1
-    assert "ray is not installed: install ray>=2.40 beside vLLM (pip install 'ray>=2.40')" in (
-        capsys.readouterr().out
-    )
+    assert "ray is not installed: install ray>=2.40 beside vLLM (pip install 'ray>=2.40')" in (capsys.readouterr().out)
 
 
 @pytest.mark.usefixtures("asked_anew")

@@ -90,9 +90,7 @@ def ask(server: LiveServer, asked: tuple[str, dict[str, Any]]) -> httpx.Response
     return server.http.post(asked[0], json=asked[1])
 
 
-def ask_all(
-    server: LiveServer, asked: list[tuple[str, dict[str, Any]]], together: int
-) -> list[httpx.Response]:
+def ask_all(server: LiveServer, asked: list[tuple[str, dict[str, Any]]], together: int) -> list[httpx.Response]:
     with ThreadPoolExecutor(together) as pool:
         return list(pool.map(lambda one: ask(server, one), asked))
 
@@ -133,9 +131,7 @@ def said(reply: httpx.Response) -> Any:
 
 
 @pytest.mark.parametrize("name", GREEDY)
-def test_greedy_answers_are_the_embedded_engines(
-    server: LiveServer, rolling: dict[str, Any], name: str
-) -> None:
+def test_greedy_answers_are_the_embedded_engines(server: LiveServer, rolling: dict[str, Any], name: str) -> None:
     assert said(ask(server, GREEDY[name])) == rolling[f"greedy {name}"]
 
 
@@ -177,9 +173,7 @@ def test_answers_without_a_seed_differ(server: LiveServer) -> None:
 def test_a_grammar_holds(server: LiveServer) -> None:
     pattern = "[ab]{24}"
     for fields in ({"dry_multiplier": 2.0, "dry_allowed_length": 1}, {"temperature": 2.0, "top_a": 0.01}):
-        ((text, *_),) = said(
-            ask(server, chat("hi", max_tokens=60, structured_outputs={"regex": pattern}, **fields))
-        )
+        ((text, *_),) = said(ask(server, chat("hi", max_tokens=60, structured_outputs={"regex": pattern}, **fields)))
         assert re.fullmatch(pattern, text)
 
 

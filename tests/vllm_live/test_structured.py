@@ -43,9 +43,7 @@ def test_every_kind_of_constraint_holds(server: LiveServer) -> None:
     assert found["color"] in ("red", "blue")
     assert 1 <= found["count"] <= 9
     assert answer(server, structured_outputs={"choice": ["a blue square", "a red circle"]}) == "a red circle"
-    assert re.fullmatch(
-        "[0-9]{3}-[a-c]{2}", answer(server, structured_outputs={"regex": "[0-9]{3}-[a-c]{2}"})
-    )
+    assert re.fullmatch("[0-9]{3}-[a-c]{2}", answer(server, structured_outputs={"regex": "[0-9]{3}-[a-c]{2}"}))
     assert answer(server, structured_outputs={"grammar": 'root ::= "yes" | "no"'}) in ("yes", "no")
 
 

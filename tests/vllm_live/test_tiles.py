@@ -43,7 +43,5 @@ def answers(model: Path, backend: str) -> list[tuple[Any, ...]]:
             body = {"messages": chat, "temperature": 0, "max_tokens": 12, "ignore_eos": True}
             reply = server.http.post("/v1/chat/completions", json=body)
             assert reply.status_code == 200, reply.text
-            found.append(
-                (reply.json()["usage"]["prompt_tokens"], reply.json()["choices"][0]["message"]["content"])
-            )
+            found.append((reply.json()["usage"]["prompt_tokens"], reply.json()["choices"][0]["message"]["content"]))
     return found

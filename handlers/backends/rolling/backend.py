@@ -127,9 +127,7 @@ class RollingBackend:
             warnings=unused_by_text(configuration.settings) if family.preprocessor is None else (),
         )
 
-    def refused_options(
-        self, configuration: Configuration, directory: Path | None, machine: Machine
-    ) -> list[Problem]:
+    def refused_options(self, configuration: Configuration, directory: Path | None, machine: Machine) -> list[Problem]:
         """See `Backend`: those of the embedded engine are all read by `properties`."""
         return []
 
@@ -150,14 +148,10 @@ class RollingBackend:
         template, preprocessor = front.text.renderer.templates.described(), front.preprocessor
         if preprocessor is None:
             return PromptCheck(template)
-        sizes = {
-            f"{width}x{height}": image_tokens(preprocessor, width, height) for width, height in IMAGE_SIZES
-        }
+        sizes = {f"{width}x{height}": image_tokens(preprocessor, width, height) for width, height in IMAGE_SIZES}
         length = configuration.effective("max_model_len")
         full = None if length is None else crowded(settings, preprocessor, length)
-        return PromptCheck(
-            template, sizes, warnings=[] if full is None else [Problem(full, "limit_mm_per_prompt")]
-        )
+        return PromptCheck(template, sizes, warnings=[] if full is None else [Problem(full, "limit_mm_per_prompt")])
 
 
 def _unserved(config: Mapping[str, Any], directory: Path) -> Iterator[str]:
@@ -187,9 +181,7 @@ def _contradictions(settings: Settings, directory: Path) -> list[Problem]:
     from engine.loader import load_preprocessor
 
     try:
-        preprocessor = load_preprocessor(
-            str(directory), settings.mm_processor_kwargs, settings.image_processor_backend
-        )
+        preprocessor = load_preprocessor(str(directory), settings.mm_processor_kwargs, settings.image_processor_backend)
     except (ModelLoadError, OSError, ValueError) as error:
         return [Problem(f"the model's image processor cannot be loaded: {error}")]
     return [Problem(text) for text in contradictions(settings, directory, preprocessor)]

@@ -281,8 +281,7 @@ class RollingStream:
             finish,
             output.logprobs,
             output.stop_token,
-            finish == "stop"
-            and (output.stop_token is not None or output.token_ids[-1] in self._eos_token_ids),
+            finish == "stop" and (output.stop_token is not None or output.token_ids[-1] in self._eos_token_ids),
             output.cached_tokens,
             output.queued,
             None if entries is None else [None, *entries],

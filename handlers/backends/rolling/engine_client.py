@@ -343,9 +343,7 @@ class EngineClient:
             streams = self._streams
             for output in message.outputs:
                 stream = (
-                    streams.get(output.request_id)
-                    if output.finish is None
-                    else streams.pop(output.request_id, None)
+                    streams.get(output.request_id) if output.finish is None else streams.pop(output.request_id, None)
                 )
                 if stream is not None:
                     stream.put(output)

@@ -111,9 +111,7 @@ def model_facts(
     return _found(question, folder) if _AUTO_CLASSES in sys.modules else ask(question, folder, seconds)
 
 
-async def ask_engine(
-    engine: EngineProcess, question: ModelQuestion, folder: Path, seconds: float | None
-) -> ModelFacts:
+async def ask_engine(engine: EngineProcess, question: ModelQuestion, folder: Path, seconds: float | None) -> ModelFacts:
     """Ask an engine's process that has been spawned but has not loaded a model; see `model_facts`."""
     asked = msgspec.msgpack.encode((question, str(folder)))
     try:

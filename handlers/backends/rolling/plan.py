@@ -68,9 +68,7 @@ def plan_engines(
         groups = [("cpu",) * ranks] * workers
     int8 = settings.quantize == "int8"
     if int8 and devices:
-        raise InvalidConfiguration(
-            "option.quantize is int8, which the embedded engine has on a CPU only; leave it out"
-        )
+        raise InvalidConfiguration("option.quantize is int8, which the embedded engine has on a CPU only; leave it out")
     cache = settings.kv_cache_memory_mb
     encoder_cache = settings.encoder_cache_mb
     lookup = _lookup(settings.speculative_config)

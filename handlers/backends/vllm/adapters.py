@@ -107,8 +107,7 @@ class VllmAdapters:
         self._changes: set[asyncio.Task[None]] = set()
         self._retiring: set[asyncio.Task[None]] = set()
         self._known = {
-            name: self._numbered(AdapterInfo(name, f"adapters/{name}"), path)
-            for name, path in directories.items()
+            name: self._numbered(AdapterInfo(name, f"adapters/{name}"), path) for name, path in directories.items()
         }
         self._places = max(most, len(self._known))
 
@@ -123,9 +122,7 @@ class VllmAdapters:
         else:
             found = self._known.get(model or "")
             if not (found or not model or self._model_names is None or model in self._model_names):
-                raise NotFound(
-                    f"there is no model and no adapter {model[:80]!r}; /v1/models lists them", param="model"
-                )
+                raise NotFound(f"there is no model and no adapter {model[:80]!r}; /v1/models lists them", param="model")
         if found is not None:
             found.take()
         return found
@@ -140,9 +137,7 @@ class VllmAdapters:
                 await self._loaded(engine, loaded)
             except InvalidRequest as error:
                 if not again:
-                    raise InvalidConfiguration(
-                        f"the adapter {name} cannot be loaded: {error.message}"
-                    ) from error
+                    raise InvalidConfiguration(f"the adapter {name} cannot be loaded: {error.message}") from error
                 logger.error("adapter %s is gone: the new engine cannot load it (%s)", name, error.message)
                 if self._known.get(name) is loaded:
                     del self._known[name]
@@ -189,8 +184,7 @@ class VllmAdapters:
                 )
             if len(self._known) >= self._most:
                 raise InsufficientStorage(
-                    f"No free lora slots: {self._most} adapters are loaded; remove one, or raise "
-                    "option.max_cpu_loras"
+                    f"No free lora slots: {self._most} adapters are loaded; remove one, or raise option.max_cpu_loras"
                 )
             self._known[info.name] = await self._new(info)
         logger.info("adapter %s is loaded", info.name)

@@ -91,9 +91,7 @@ _CONVERTED = frozenset({"kv_cache_memory_bytes", "tensor_parallel_size"})
 _LONGEST = 200
 
 
-def engine_arguments(
-    vllm: Vllm, configuration: Configuration, model_path: Path, machine: Machine
-) -> dict[str, Any]:
+def engine_arguments(vllm: Vllm, configuration: Configuration, model_path: Path, machine: Machine) -> dict[str, Any]:
     """Return keyword arguments for `AsyncEngineArgs`. Raises ConfigurationError with all problems."""
     settings, cpu = configuration.settings, not machine.accelerators
     fields = _Fields(vllm, cpu=cpu)
@@ -145,9 +143,7 @@ def _differing(
         if ours[field] != extra[field]:
             written, name = configuration.extra[field], given[field]
             theirs = assigned(f"option.{field}", repr(written.value), written.source.location)
-            yield Problem(
-                f"{theirs} and {configuration.assigned(name)} differ, but mean the same: keep one", name
-            )
+            yield Problem(f"{theirs} and {configuration.assigned(name)} differ, but mean the same: keep one", name)
 
 
 def refused_options(configuration: Configuration, model_path: Path | None, machine: Machine) -> list[Problem]:
@@ -231,9 +227,7 @@ class _Fields:
                 wrong = wrong_fields(error.__cause__)
                 found = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in wrong)
                 raise BadValue(self._allowed(action), found[:_LONGEST]) from error
-        choices = {
-            choice.lower() if isinstance(choice, str) else choice: choice for choice in action.choices or ()
-        }
+        choices = {choice.lower() if isinstance(choice, str) else choice: choice for choice in action.choices or ()}
         if not choices or value in choices.values():
             return value
         word = value.strip().lower() if isinstance(value, str) else value
@@ -286,9 +280,7 @@ def _extra(configuration: Configuration, fields: _Fields, problems: list[Problem
     return values
 
 
-def _refused_values(
-    configuration: Configuration, given: Mapping[str, str], fields: _Fields
-) -> Iterator[Problem]:
+def _refused_values(configuration: Configuration, given: Mapping[str, str], fields: _Fields) -> Iterator[Problem]:
     """Yield a problem for each of our options that vLLM's command line would refuse. given: field -> option."""
     for field, name in given.items():
         value = getattr(configuration.settings, name)

@@ -52,9 +52,7 @@ class VllmBackend:
         contents: Mapping[str, Mapping[str, Any]],
     ) -> None:
         names = ("preprocessor_config.json", "processor_config.json")
-        there = configuration.settings.trust_remote_code or any(
-            (directory / name).is_file() for name in names
-        )
+        there = configuration.settings.trust_remote_code or any((directory / name).is_file() for name in names)
         if "vision_config" in config and not there:
             found.add([no_processor(directory)])
         found.add(weight_problems(directory, configuration.settings.load_format))
@@ -70,9 +68,7 @@ class VllmBackend:
         plan = plan_devices(settings, extra, len(machine.accelerators), heads)
         if plan.problems:
             raise InvalidConfiguration("; ".join(str(problem) for problem in plan.problems))
-        return DevicePlan(
-            plan.data, plan.tensor * plan.pipeline, plan.available, plan.machines, plan.warnings
-        )
+        return DevicePlan(plan.data, plan.tensor * plan.pipeline, plan.available, plan.machines, plan.warnings)
 
     def estimate(
         self, configuration: Configuration, directory: Path, config: Mapping[str, Any], machine: Machine
@@ -88,9 +84,7 @@ class VllmBackend:
         warnings = too_long(configuration, context_length(shapes))
         return Needs(dtype, reason, shapes, takes_all=True, encoder_cache=False, warnings=warnings)
 
-    def refused_options(
-        self, configuration: Configuration, directory: Path | None, machine: Machine
-    ) -> list[Problem]:
+    def refused_options(self, configuration: Configuration, directory: Path | None, machine: Machine) -> list[Problem]:
         """See `Backend`. Imports vLLM."""
         from handlers.backends.vllm.arguments import refused_options
 

@@ -80,11 +80,7 @@ class Vllm(SimpleNamespace):
 def installed_version() -> str | None:
     """Return the version of the installed vLLM without importing it; None if it is not installed."""
     return next(
-        (
-            str(node.value)
-            for node in _assigned("__version__", "_version.py")
-            if isinstance(node, ast.Constant)
-        ),
+        (str(node.value) for node in _assigned("__version__", "_version.py") if isinstance(node, ast.Constant)),
         None,
     )
 
@@ -95,9 +91,7 @@ def check_version(version: str | None) -> None:
         raise InvalidConfiguration(f"vLLM is not installed: {INSTALL}, or set option.rolling_batch=rolling")
     numbers = version.split(".")[:2]
     if not all(part.isdecimal() for part in numbers) or not OLDEST <= tuple(map(int, numbers)) < BEFORE:
-        raise InvalidConfiguration(
-            f"vLLM {version} is installed, which this server is not made for: {INSTALL}"
-        )
+        raise InvalidConfiguration(f"vLLM {version} is installed, which this server is not made for: {INSTALL}")
 
 
 @cache
@@ -326,9 +320,7 @@ def engine_argument_names() -> frozenset[str]:
         for node in _source("engine", "arg_utils.py")
         if isinstance(node, ast.ClassDef) and node.name in ("EngineArgs", "AsyncEngineArgs")
         for item in node.body
-        if isinstance(item, ast.AnnAssign)
-        and isinstance(item.target, ast.Name)
-        and not item.target.id.startswith("_")
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and not item.target.id.startswith("_")
     )
 
 
@@ -348,9 +340,7 @@ def _keys(table: str, *path: str) -> frozenset[str]:
 def _assigned(name: str, *path: str) -> Iterator[ast.expr]:
     """Yield what a file of the installed vLLM assigns to a name."""
     for node in _source(*path):
-        if isinstance(node, ast.Assign) and any(
-            isinstance(to, ast.Name) and to.id == name for to in node.targets
-        ):
+        if isinstance(node, ast.Assign) and any(isinstance(to, ast.Name) and to.id == name for to in node.targets):
             yield node.value
 
 

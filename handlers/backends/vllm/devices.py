@@ -129,9 +129,7 @@ class Plan:
         )
 
 
-def plan_devices(
-    settings: Settings, extra: Mapping[str, str], accelerators: int, heads: Heads | None = None
-) -> Plan:
+def plan_devices(settings: Settings, extra: Mapping[str, str], accelerators: int, heads: Heads | None = None) -> Plan:
     """Plan how replicas use the devices.
 
     Numbers that are `max` or not given are chosen so that they fill this machine, or the machines of the Ray cluster;
@@ -293,9 +291,7 @@ def _asked(address: str) -> Cluster | None:
     if asking.returncode:
         lines = asking.stderr.decode(errors="replace").strip().splitlines()
         logger.debug("asking Ray failed: %s", "\n".join(lines))
-        raise InvalidConfiguration(
-            f"{named} cannot be asked for its devices: {lines[-1] if lines else 'no reason'}"
-        )
+        raise InvalidConfiguration(f"{named} cannot be asked for its devices: {lines[-1] if lines else 'no reason'}")
     answer = json.loads(asking.stdout.splitlines()[-1])
     return None if answer is None else Cluster(*answer)
 

@@ -87,9 +87,7 @@ class EngineBuilder:
         self.vllm = compat.load()
         self.arguments = engine_arguments(self.vllm, configuration, model_path, machine)
         self.samplers = offer(self.arguments)
-        files = AdapterFiles(
-            configuration.home or model_path, settings.allowed_adapter_path, configuration.secure
-        )
+        files = AdapterFiles(configuration.home or model_path, settings.allowed_adapter_path, configuration.secure)
         most = settings.max_cpu_loras or settings.max_loras
         at_start = files.at_start() if settings.enable_lora else {}
         self.adapters = files, at_start, most
@@ -105,9 +103,7 @@ class EngineBuilder:
         """Return an `AsyncLLM`. Raises InvalidConfiguration with vLLM's reason if it refuses the configuration."""
         vllm, given = self.vllm, self.arguments
         if not self.accelerators:
-            share_cores(
-                given["tensor_parallel_size"] * given["pipeline_parallel_size"] * given["data_parallel_size"]
-            )
+            share_cores(given["tensor_parallel_size"] * given["pipeline_parallel_size"] * given["data_parallel_size"])
         try:
             arguments = vllm.AsyncEngineArgs(**given)
             choose_library(arguments, tokenizer)
@@ -159,9 +155,7 @@ class VllmEngine:
     async def load(self) -> None:
         progress.current().begin("starting vLLM")
         try:
-            self._serving = await self._load(
-                await self._in_thread(EngineBuilder, self._configuration, self._path)
-            )
+            self._serving = await self._load(await self._in_thread(EngineBuilder, self._configuration, self._path))
         except EngineError as error:
             await self.close()
             raise Unavailable(f"the model cannot be loaded: {error}") from error
@@ -236,9 +230,7 @@ class VllmEngine:
             json_whitespace="" if structured.disable_any_whitespace else None,
             spells_words=True,
         )
-        return Serving(
-            vllm, builder.samplers, adapters, supervisor, prompts, model, capabilities, blocks, replicas
-        )
+        return Serving(vllm, builder.samplers, adapters, supervisor, prompts, model, capabilities, blocks, replicas)
 
     def _read_answers(self) -> tuple[Any, VllmParsers | None]:
         """Return the tokenizer, and vLLM's parsers if the options name any. Blocks."""

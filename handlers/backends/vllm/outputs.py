@@ -69,9 +69,7 @@ class VllmStream:
             if isinstance(error, Exception):
                 raise self._failure(error, False) from error
             raise
-        if self._images and any(
-            one.finish_reason == "error" and not one.token_ids for one in self._first.outputs
-        ):
+        if self._images and any(one.finish_reason == "error" and not one.token_ids for one in self._first.outputs):
             # vLLM knows now that the image must be sent again. Each of several choices reports this separately; those
             # that have not reported it yet are aborted.
             await self.aclose()
@@ -145,10 +143,7 @@ class VllmStream:
 
 def _read_all(token_ids: Sequence[int], entries: Sequence[Any], count: int) -> list[Any]:
     """Return for each position its token and the `count` most likely ones; None where vLLM has nothing."""
-    return [
-        _position(token, entry, count) if entry else None
-        for token, entry in zip(token_ids, entries, strict=False)
-    ]
+    return [_position(token, entry, count) if entry else None for token, entry in zip(token_ids, entries, strict=False)]
 
 
 def _position(token: int, entry: dict[int, Any], count: int) -> Logprobs:
@@ -157,9 +152,7 @@ def _position(token: int, entry: dict[int, Any], count: int) -> Logprobs:
     return Logprobs(list(ids), [float(one.logprob) for one in found], [int(one.rank or 0) for one in found])
 
 
-def failed(
-    vllm: Vllm, engine: Any, error: Exception, param: str | None = None, *, begun: bool = False
-) -> ServingError:
+def failed(vllm: Vllm, engine: Any, error: Exception, param: str | None = None, *, begun: bool = False) -> ServingError:
     """Return the client's error for a request that ended with an exception of vLLM's.
 
     Args:

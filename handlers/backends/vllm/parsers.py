@@ -74,9 +74,7 @@ class VllmParsers:
             reasoning=REASONING_FORMATS.get(reasoning or "")
             if their_reasoning is None
             else ReasoningFormat(*self._maker(None, their_reasoning)),
-            together=self._maker(their_tools, their_reasoning)[0]
-            if their_tools and their_reasoning
-            else None,
+            together=self._maker(their_tools, their_reasoning)[0] if their_tools and their_reasoning else None,
         )
 
     def _maker(
@@ -101,18 +99,14 @@ class VllmParsers:
         markers = frozenset(skipped_tokens(self.tokenizer)) if special else frozenset[str]()
 
         def make(asked: ParserContext) -> VllmParser:
-            return VllmParser(
-                lambda: self._opened(kind, asked), self.tokenizer, asked.prompt_token_ids, str(name)
-            )
+            return VllmParser(lambda: self._opened(kind, asked), self.tokenizer, asked.prompt_token_ids, str(name))
 
         return make, markers
 
     def _opened(self, kind: Any, asked: ParserContext) -> tuple[Any, Any]:
         """Return vLLM's parser and the request that it is given, with only those parts of tools that we check."""
         checked = ("name", "description", "parameters")
-        functions = [
-            {key: part for key, part in tool["function"].items() if key in checked} for tool in asked.tools
-        ]
+        functions = [{key: part for key, part in tool["function"].items() if key in checked} for tool in asked.tools]
         variables = dict(asked.template_kwargs)
         request = self._vllm.ChatCompletionRequest(
             messages=[{"role": "user", "content": ""}],
@@ -122,9 +116,7 @@ class VllmParsers:
             tool_choice="auto" if functions else "none",
             chat_template_kwargs=variables,
         )
-        parser = kind(
-            self.tokenizer, request.tools, chat_template_kwargs=variables, model_config=self.model_config
-        )
+        parser = kind(self.tokenizer, request.tools, chat_template_kwargs=variables, model_config=self.model_config)
         return parser, request
 
 
@@ -228,9 +220,7 @@ class VllmParser:
             return []
         try:
             parser, request = self._opened
-            message = parser.parse_delta(
-                text, list(token_ids), request, self._prompt_token_ids, finished=finished
-            )
+            message = parser.parse_delta(text, list(token_ids), request, self._prompt_token_ids, finished=finished)
             pieces = [] if message is None else self._shown.pieces(message)
             if finished and parser.tool_parser is not None and (message is None or not message.tool_calls):
                 pieces += self._shown.more_arguments(parser.tool_parser.get_remaining_unstreamed_args())

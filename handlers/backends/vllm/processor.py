@@ -68,9 +68,7 @@ class SamplerProcessor(_Older, _Newer):  # type: ignore[misc, valid-type]
 
     def _present(self, context: Any) -> dict[int, Row]:
         """Return the rows of the newer runner's batch that are ours, with their current tokens."""
-        places = {
-            row: place for row, place in enumerate(context.idx_mapping_np.tolist()) if place in self._asking
-        }
+        places = {row: place for row, place in enumerate(context.idx_mapping_np.tolist()) if place in self._asking}
         if not places:
             return {}
         where = torch.tensor(list(places), dtype=torch.int64).to(context.pos.device, non_blocking=True)

@@ -197,9 +197,7 @@ def _stand_in(tokenizer: Any, printed: str) -> str:
         text = str(token.content)
         if token.special and text not in ends and text not in printed:
             return text
-    raise ModelLoadError(
-        "no token can stand for an image in this model's prompts: set option.image_placeholder_token"
-    )
+    raise ModelLoadError("no token can stand for an image in this model's prompts: set option.image_placeholder_token")
 
 
 async def place_images(

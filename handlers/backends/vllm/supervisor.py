@@ -64,9 +64,7 @@ class EngineSupervisor(Supervisor["RunningEngine"]):
                 ready. For the first half of that time it is only waited for; then it is asked for a token.
             stuck_seconds: How long the token may take; longer than the engine's longest step.
         """
-        super().__init__(
-            "the engine", self._launched, retry_threshold=retry_threshold, start_seconds=loading_seconds
-        )
+        super().__init__("the engine", self._launched, retry_threshold=retry_threshold, start_seconds=loading_seconds)
         self.ask = ask
         self.signs = counters.signs
         self.quiet = suspect_seconds / 2

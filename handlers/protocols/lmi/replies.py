@@ -118,9 +118,7 @@ class LmiWriter:
         self.keep_alive = b": keep-alive\n\n" if self.sse else b""
 
     def whole(self, answered: list[Answered]) -> bytes:
-        replies = [
-            self._reply(text, one.stats, one.answers) for text, one in zip(self.inputs, answered, strict=True)
-        ]
+        replies = [self._reply(text, one.stats, one.answers) for text, one in zip(self.inputs, answered, strict=True)]
         return _encode(replies if self.many else replies[0])
 
     def chunk(self, delta: Delta, stats: PromptStats) -> bytes:

@@ -109,9 +109,7 @@ class LmiParameters(SamplerFields, kw_only=True):
     @property
     def prefill(self) -> bool:
         """Whether the prompt's own tokens are shown."""
-        return bool(
-            self.details and (self.decoder_input_details or self.prompt_logprobs not in (None, False))
-        )
+        return bool(self.details and (self.decoder_input_details or self.prompt_logprobs not in (None, False)))
 
     @property
     def answers(self) -> int:
@@ -143,9 +141,7 @@ _FIELDS: Mapping[str, str] = {
 _WITHOUT_EFFECT = frozenset(
     {"watermark", "length_penalty", "early_stopping", "num_beams", "spaces_between_special_tokens"}
 )
-_CONSTRAINTS = frozenset(
-    {*GUIDED, "guided_whitespace_pattern", "grammar", "response_format", "structured_outputs"}
-)
+_CONSTRAINTS = frozenset({*GUIDED, "guided_whitespace_pattern", "grammar", "response_format", "structured_outputs"})
 _PARAMETER_NAMES = KnownNames(_CONSTRAINTS | {*LmiParameters.__struct_fields__}, _WITHOUT_EFFECT)
 _READ = {name: f"parameters.{name}" for name in (*LmiParameters.__struct_fields__, *_CONSTRAINTS)}
 """A parameter -> its path in a body."""
@@ -154,9 +150,7 @@ _READ = {name: f"parameters.{name}" for name in (*LmiParameters.__struct_fields_
 _BODY_NAMES = KnownNames(LmiBody.__struct_fields__, inside=_READ)
 
 
-def read_lmi(
-    body: dict[str, Any], server: ServerContext, incoming: Incoming, adapter: str | None = None
-) -> Task:
+def read_lmi(body: dict[str, Any], server: ServerContext, incoming: Incoming, adapter: str | None = None) -> Task:
     """See `Reader`."""
     asked = convert(body, LmiBody)
     given = asked.parameters or {}
@@ -237,9 +231,7 @@ def _streams(asked: bool | None, prompts: int, parameters: LmiParameters, server
         raise InvalidRequest("inputs: only one prompt can be streamed; send them one by one", param="inputs")
     if asked and not single:
         name = "n" if parameters.best_of is None else "best_of"
-        raise InvalidRequest(
-            f"parameters.{name}: only one answer can be streamed", param=f"parameters.{name}"
-        )
+        raise InvalidRequest(f"parameters.{name}: only one answer can be streamed", param=f"parameters.{name}")
     return asked
 
 
@@ -420,7 +412,5 @@ LMI = Api(
     adapter=adapter_of,
     calls={"adapters": adapters.answer_adapters, "execution": execution_parameters},
     request_id=f"{PREFIX}inference-id",
-    gate=lambda settings: Sessions(
-        enabled=settings.enable_stateful_sessions, expiration=settings.sessions_expiration
-    ),
+    gate=lambda settings: Sessions(enabled=settings.enable_stateful_sessions, expiration=settings.sessions_expiration),
 )

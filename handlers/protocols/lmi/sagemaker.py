@@ -297,9 +297,7 @@ async def answer_lines(
         loop = asyncio.get_running_loop()
         end = loop.time() + seconds
         while True:
-            reply = await answer(
-                replace(incoming, body=line, request_id=f"{incoming.request_id}-{number}", **alone)
-            )
+            reply = await answer(replace(incoming, body=line, request_id=f"{incoming.request_id}-{number}", **alone))
             if reply.status == 429 and loop.time() < end:
                 await asyncio.sleep(RETRY_AFTER)
                 continue

@@ -89,9 +89,7 @@ def answer_form(
         called: FinishReason = "stop" if named else "function_call" if tools.legacy else "tool_calls"
         return AnswerForm(
             tools.constraint(),
-            ParsedAnswers(
-                _forced(tools, server), called=called, parallel=tools.parallel, legacy=tools.legacy
-            ),
+            ParsedAnswers(_forced(tools, server), called=called, parallel=tools.parallel, legacy=tools.legacy),
         )
     calls = formats.tools if tools is not None else None
     if constraint is not None or (calls is None and formats.reasoning is None):

@@ -154,9 +154,7 @@ def read_messages(messages: list[Any], *, embeddings: bool = False, context: int
             param=_ROWS,
         )
     if {EmbeddingsPart, ImagePart} <= kinds:
-        raise InvalidRequest(
-            f"{_ROWS}: a request holds images or embeddings of images, not both", param=_ROWS
-        )
+        raise InvalidRequest(f"{_ROWS}: a request holds images or embeddings of images, not both", param=_ROWS)
     return read
 
 
@@ -194,9 +192,7 @@ def _message(message: Any, path: str) -> Message:
         if message.get(key):
             raise InvalidRequest(f"{path}.{key} is not read by this server: {instead}", param=f"{path}.{key}")
     _refuse_media(message, path)
-    name, call_id, reasoning = (
-        _optional_string(message, key, path) for key in ("name", "tool_call_id", "reasoning")
-    )
+    name, call_id, reasoning = (_optional_string(message, key, path) for key in ("name", "tool_call_id", "reasoning"))
     if reasoning is None:
         reasoning = _optional_string(message, "reasoning_content", path)
     calls = _calls(message, path)
@@ -264,11 +260,7 @@ def _content(content: Any, path: str) -> list[Part]:
 
 def _is_empty(part: Any) -> bool:
     """Whether a text part's text is null, as some clients send it; vLLM skips it, too."""
-    return (
-        isinstance(part, dict)
-        and part.get("type") in ("text", "refusal")
-        and part.get(part["type"], 0) is None
-    )
+    return isinstance(part, dict) and part.get("type") in ("text", "refusal") and part.get(part["type"], 0) is None
 
 
 def _part(part: Any, path: str) -> Part:
@@ -317,9 +309,7 @@ def _url(image_url: Any, path: str) -> str:
 def _check_detail(fields: dict[str, Any], path: str) -> None:
     if (detail := fields.get("detail")) not in _DETAILS:
         allowed = ", ".join(filter(None, _DETAILS))
-        raise InvalidRequest(
-            f"{path}.detail is {shown_value(detail)}; allowed: {allowed}", param=f"{path}.detail"
-        )
+        raise InvalidRequest(f"{path}.detail is {shown_value(detail)}; allowed: {allowed}", param=f"{path}.detail")
 
 
 def _embeddings(given: Any, path: str) -> EmbeddingsPart:

@@ -181,18 +181,14 @@ class CompletionBody(CommonBody, kw_only=True):
 
 def known_names(shape: type[CommonBody]) -> KnownNames:
     """Return the names that are known in a body of this shape."""
-    return KnownNames(
-        {*shape.__struct_fields__, *READ_ELSEWHERE}, {*IGNORED, *UNSUPPORTED, *FALSE_ONLY, "best_of"}
-    )
+    return KnownNames({*shape.__struct_fields__, *READ_ELSEWHERE}, {*IGNORED, *UNSUPPORTED, *FALSE_ONLY, "best_of"})
 
 
 _CHAT_NAMES = known_names(ChatBody)
 _COMPLETION_NAMES = known_names(CompletionBody)
 
 
-def read_chat(
-    body: dict[str, Any], server: ServerContext, incoming: Incoming, adapter: str | None = None
-) -> Task:
+def read_chat(body: dict[str, Any], server: ServerContext, incoming: Incoming, adapter: str | None = None) -> Task:
     """See `Reader`."""
     request_id = incoming.request_id
     refuse_unsupported(body, ChatBody)
@@ -325,9 +321,7 @@ def read_completion(
     refuse_unsupported(body, CompletionBody)
     asked = convert(body, CompletionBody)
     if asked.suffix:
-        raise InvalidRequest(
-            "suffix: this server cannot fill in before a suffix; leave it out", param="suffix"
-        )
+        raise InvalidRequest("suffix: this server cannot fill in before a suffix; leave it out", param="suffix")
     stream, n = check_stream(asked), count_answers(asked)
     best_of = _best_of(asked, n, stream)
     constraint = read_constraint(
@@ -335,9 +329,7 @@ def read_completion(
     )
     echo_only = bool(asked.echo) and asked.max_tokens == 0
     names = sampler_names(asked)
-    sampling = sampling_params(
-        _completion_sampling(body, asked, best_of > n, echo_only), server.sampling, names
-    )
+    sampling = sampling_params(_completion_sampling(body, asked, best_of > n, echo_only), server.sampling, names)
     prompts = _prompts(asked.prompt)
     requests = [
         GenerationRequest(
@@ -380,15 +372,11 @@ def _best_of(asked: CompletionBody, n: int, stream: bool) -> int:
             f"best_of is {shown(best_of)}; allowed: from n, which is {n}, to {MAX_ANSWERS}", param="best_of"
         )
     if stream and best_of > n:
-        raise InvalidRequest(
-            "best_of above n cannot be streamed: the best is known at the end", param="best_of"
-        )
+        raise InvalidRequest("best_of above n cannot be streamed: the best is known at the end", param="best_of")
     return best_of
 
 
-def _completion_sampling(
-    body: dict[str, Any], asked: CompletionBody, choose: bool, echo_only: bool
-) -> dict[str, Any]:
+def _completion_sampling(body: dict[str, Any], asked: CompletionBody, choose: bool, echo_only: bool) -> dict[str, Any]:
     """Return fields of RequestSampling. choose: answers are chosen by probability. echo_only: none is shown."""
     values = common_sampling(asked)
     if "max_tokens" not in body:
@@ -413,9 +401,7 @@ def _prompts(given: str | list[str | int | list[int]]) -> list[str | list[int]]:
         raise InvalidRequest(f"prompt is a list of {len(given)}; allowed: {MAX_PROMPTS}", param="prompt")
     if all(isinstance(item, str) for item in given) or all(isinstance(item, list) for item in given):
         return given  # type: ignore[return-value]
-    raise InvalidRequest(
-        "prompt mixes texts, token ids and lists of token ids: send one kind", param="prompt"
-    )
+    raise InvalidRequest("prompt mixes texts, token ids and lists of token ids: send one kind", param="prompt")
 
 
 def _text_prompt(given: str | list[int], add_special_tokens: bool) -> TextPrompt:
@@ -465,12 +451,8 @@ def refuse_unsupported(body: dict[str, Any], shape: type[CommonBody]) -> None:
     if isinstance(options := body.get("stream_options"), dict):
         refuse_unknown(options, StreamOptions.__struct_fields__, "stream_options")
     side = body.get("truncation_side")
-    if (
-        isinstance(side, str) and side not in _SIDES
-    ):  # Here because msgspec's message quotes it, however long it is.
-        raise InvalidRequest(
-            f"truncation_side is {side[:40]!r}; allowed: {', '.join(_SIDES)}", param="truncation_side"
-        )
+    if isinstance(side, str) and side not in _SIDES:  # Here because msgspec's message quotes it, however long it is.
+        raise InvalidRequest(f"truncation_side is {side[:40]!r}; allowed: {', '.join(_SIDES)}", param="truncation_side")
     for name in body.keys() - shape.__struct_fields__:
         if name in UNSUPPORTED and body[name] is not None:
             raise InvalidRequest(f"{name} is not supported by this server: leave it out", param=name)
@@ -484,9 +466,7 @@ def _logit_bias(bias: dict[str, float] | None) -> dict[int, float] | None:
     if not bias:
         return None
     if len(bias) > MOST_TOKEN_IDS:
-        raise InvalidRequest(
-            f"logit_bias names {len(bias)} tokens; allowed: {MOST_TOKEN_IDS}", param="logit_bias"
-        )
+        raise InvalidRequest(f"logit_bias names {len(bias)} tokens; allowed: {MOST_TOKEN_IDS}", param="logit_bias")
     for key in bias:
         if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) <= MAX_INTEGER):
             raise InvalidRequest(f"logit_bias: {key[:40]!r} is not a token id", param="logit_bias")

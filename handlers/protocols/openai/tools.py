@@ -62,9 +62,7 @@ class Tools:
         functions = [tool["function"] for tool in self.callable]
         named = self.choice == "named"
         schema = _parameters(functions[0]) if named else _calls_schema(functions, self.parallel)
-        return Constraint(
-            "json_schema", msgspec.json.encode(schema).decode(), "tools", whitespace_pattern="[ ]?"
-        )
+        return Constraint("json_schema", msgspec.json.encode(schema).decode(), "tools", whitespace_pattern="[ ]?")
 
 
 def read_tools(
@@ -93,9 +91,7 @@ def read_tools(
     if not offered:
         if mode in (None, "auto") and allowed is None:
             return None
-        raise InvalidRequest(
-            f"{choice_field} asks for a call: send {field} to choose from", param=choice_field
-        )
+        raise InvalidRequest(f"{choice_field} asks for a call: send {field} to choose from", param=choice_field)
     definitions = _definitions(offered, field)
     if mode not in (None, *_MODES) and allowed is None:
         allowed, mode = [str(mode)], "named"

@@ -98,9 +98,7 @@ class _OpenAIWriter:
 
     def _remember(self, index: int, plain: Struct) -> None:
         """Encode what is around the text of a choice's chunks. plain: a choice with `_TEXT` as its text."""
-        before, _, after = self._chunk_of(plain, None if self.include_usage else UNSET).rpartition(
-            _ENCODED_TEXT
-        )
+        before, _, after = self._chunk_of(plain, None if self.include_usage else UNSET).rpartition(_ENCODED_TEXT)
         self._around[index] = before, after
 
 
@@ -283,8 +281,7 @@ class CompletionWriter(_OpenAIWriter):
                 choice = self._choice(number * self.n + i, shown, one.stats)
                 if self.prompt_logprobs is not None and one.stats.prompt_logprobs is not None:
                     choice.prompt_logprobs = [
-                        prompt_position(position, self.prompt_logprobs)
-                        for position in one.stats.prompt_logprobs
+                        prompt_position(position, self.prompt_logprobs) for position in one.stats.prompt_logprobs
                     ]
                 choices.append(choice)
         usage = Usage.of(total([one.stats for one in answered]), completion_tokens)
@@ -322,9 +319,7 @@ class CompletionWriter(_OpenAIWriter):
     def _reply(self, choices: list[Any], usage: Usage | UnsetType | None) -> Completion:
         return Completion(*self._head, "text_completion", choices, usage)
 
-    def _choice(
-        self, index: int, added: Delta | Answer, stats: PromptStats | None = None
-    ) -> CompletionChoice:
+    def _choice(self, index: int, added: Delta | Answer, stats: PromptStats | None = None) -> CompletionChoice:
         """Return a choice. stats: given when the choice begins, which is when its prompt is shown."""
         text, positions = added.text, added.logprobs or []
         shown: list[PositionLogprobs | TokenLogprob] = [*positions]
@@ -338,9 +333,7 @@ class CompletionWriter(_OpenAIWriter):
                 self._token_lists[index] = _TokenLists(self.logprobs, as_ids=self.tokens_as_ids)
             logprobs = self._token_lists[index].add(text, shown)
         finish = _finish(added)
-        choice = CompletionChoice(
-            index, text, logprobs, finish, UNSET if finish is None else added.stop_reason
-        )
+        choice = CompletionChoice(index, text, logprobs, finish, UNSET if finish is None else added.stop_reason)
         if self.token_ids:
             choice.token_ids = added.token_ids
             if stats is not None:

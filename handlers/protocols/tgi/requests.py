@@ -120,9 +120,7 @@ _BODY_NAMES = KnownNames(
 )
 
 
-def read_tgi(
-    body: dict[str, Any], server: ServerContext, incoming: Incoming, adapter: str | None = None
-) -> Task:
+def read_tgi(body: dict[str, Any], server: ServerContext, incoming: Incoming, adapter: str | None = None) -> Task:
     """See `Reader`. Raises InvalidRequest in TGI's words.
 
     The route, one of `GENERATE_ROUTES`, decides whether the reply is a stream, and whether it is a list.

@@ -43,9 +43,7 @@ LONG = {
 MODELS: dict[str, Callable[[Path], Path]] = {
     **MAKERS,
     "mistral-window": lambda path: make_text_model(path, "mistral"),
-    "phi3-long": lambda path: make_text_model(
-        path, "phi3", original_max_position_embeddings=48, rope_parameters=LONG
-    ),
+    "phi3-long": lambda path: make_text_model(path, "phi3", original_max_position_embeddings=48, rope_parameters=LONG),
     "gemma2": lambda path: make_text_model(path, "gemma2"),
     "qwen3": lambda path: make_text_model(path, "qwen3"),
 }
@@ -81,8 +79,7 @@ def test_tokens_equal_those_of_eager_steps(path: Path, tight: bool) -> None:
     for shown in (images, []) if static.runner.model.attends_images else (images,):
         loads = [adds(preprocessor, shown, seed=tight) for _ in range(2)]
         want, got = (
-            run(made, load, tight, 2 if tight else 12)
-            for made, load in zip((eager, static), loads, strict=True)
+            run(made, load, tight, 2 if tight else 12) for made, load in zip((eager, static), loads, strict=True)
         )
         assert got == want
     assert len(rows) > 20
@@ -153,9 +150,7 @@ def test_a_step_takes_nothing_from_the_cpu_and_gives_it_nothing(path: Path, kind
             for name, tensor in tensors.items():
                 if tensor is not None:
                     tensors[name] = FakeTensor(fake, tensor.detach().to(META), META)
-    sized = CacheShape(
-        shape.num_layers, 8, 256, shape.kv_heads, shape.head_dim, shape.dtype, META, shape.special
-    )
+    sized = CacheShape(shape.num_layers, 8, 256, shape.kv_heads, shape.head_dim, shape.dtype, META, shape.special)
     with fake, torch.no_grad():
         graphs = DecodeGraphs(model, kind(sized), max_num_seqs=4, max_model_len=512)
         with OnDeviceAlone():

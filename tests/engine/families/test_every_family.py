@@ -26,9 +26,7 @@ to 6 % were measured. Values that have nothing to do with each other are off by 
 def logprobs(path: Path, dtype: str) -> torch.Tensor:
     """Log probabilities of a prompt's tokens, the image's too, and of the answer's first."""
     prompt = Prompt([image_of(60, 40), *range(65, 105)])
-    add = prompt.add(
-        load_preprocessor(str(path)), SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
-    )
+    add = prompt.add(load_preprocessor(str(path)), SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0))
     (output,) = run_all(load_engine(path, dtype=dtype, max_num_seqs=1), [add])[0].outputs
     assert output.prompt_logprobs is not None
     return torch.tensor([entry.logprobs[0] for entry in output.prompt_logprobs])

@@ -60,9 +60,7 @@ def test_tokens_equal_generate_for_random_loads(model: tuple[Path, Oracle], seed
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300))
-def test_patches_and_tokens_equal_the_joint_processors(
-    model: tuple[Path, Oracle], width: int, height: int
-) -> None:
+def test_patches_and_tokens_equal_the_joint_processors(model: tuple[Path, Oracle], width: int, height: int) -> None:
     path, oracle = model
     assert oracle.preprocessor is not None
     assert oracle.preprocessor.to_bytes() is not None, "the direct way is in use"

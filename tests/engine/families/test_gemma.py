@@ -157,14 +157,10 @@ def test_the_line_breaks_around_an_image_are_tokenised_with_the_text(tmp_path: P
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
     start, soft, end = tokenizer.convert_tokens_to_ids(names[3:])
-    metadata = Gemma3Metadata(
-        image_token_id=soft, recipe=None, num_tokens=1, start_token_id=start, end_token_id=end
-    )
+    metadata = Gemma3Metadata(image_token_id=soft, recipe=None, num_tokens=1, start_token_id=start, end_token_id=end)
     written = Gemma3Preprocessor(metadata).written(tokenizer)
     for content_format in ("openai", "string"):
-        renderer = PromptRenderer(
-            tokenizer, GEMMA3_TEMPLATE, content_format, "<image_soft_token>", written=written
-        )
+        renderer = PromptRenderer(tokenizer, GEMMA3_TEMPLATE, content_format, "<image_soft_token>", written=written)
         parts = [ImagePart("data:"), TextPart("\nWhat? <start_of_image>")]
         rendered = renderer.render(ChatPrompt([Message("user", parts)], add_generation_prompt=False))
         between = "" if content_format == "openai" else "\n"
@@ -175,7 +171,5 @@ def test_the_line_breaks_around_an_image_are_tokenised_with_the_text(tmp_path: P
         ).input_ids
         brace = tokenizer("{}", add_special_tokens=False).input_ids
         assert rendered.token_ids == [token for token in want if token not in brace]
-        assert rendered.token_ids[2] == len(alphabet) + 1, (
-            "the template's break and the image's two are one token"
-        )
+        assert rendered.token_ids[2] == len(alphabet) + 1, "the template's break and the image's two are one token"
         assert rendered.token_ids.count(start) == 1

@@ -78,9 +78,7 @@ def test_log_probabilities_equal_transformers_wherever_a_prompt_is_cut(
 ) -> None:
     prompt = Prompt(items)
     check_logprobs(model, oracle, prompt)
-    (got,) = run_all(
-        load_engine(model, max_num_batched_tokens=256), [prompt.add(oracle.preprocessor, GREEDY)]
-    ).values()
+    (got,) = run_all(load_engine(model, max_num_batched_tokens=256), [prompt.add(oracle.preprocessor, GREEDY)]).values()
     assert got.token_ids == oracle.generate(prompt, 16, ignore_eos=True)
 
 
@@ -111,9 +109,7 @@ edges = st.integers(1, 260)
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    st.one_of(st.tuples(edges, edges), st.sampled_from([(1, 1), (900, 30), (30, 900), (1200, 1), (1, 1200)]))
-)
+@given(st.one_of(st.tuples(edges, edges), st.sampled_from([(1, 1), (900, 30), (30, 900), (1200, 1), (1, 1200)])))
 def test_pixels_and_tiles_equal_the_processors(pixels: Preprocessor[Any], size: tuple[int, int]) -> None:
     image = image_of(*size, seed=sum(size))
     prepared = pixels.prepare(image)
@@ -141,9 +137,7 @@ def test_images_are_cut_as_near_to_their_aspect_as_can_be(model: Path) -> None:
 @pytest.mark.skipif(not is_torchvision_available(), reason="InternVL's joint processor needs torchvision")
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 200), st.integers(1, 200)), min_size=1, max_size=3), st.data())
-def test_prompts_equal_the_joint_processors(
-    model: Path, sizes: list[tuple[int, int]], data: st.DataObject
-) -> None:
+def test_prompts_equal_the_joint_processors(model: Path, sizes: list[tuple[int, int]], data: st.DataObject) -> None:
     processor, preprocessor = AutoProcessor.from_pretrained(model), load_preprocessor(str(model))
     assert preprocessor is not None
     shown = [image_of(*size) for size in sizes]
@@ -194,9 +188,7 @@ def test_two_ranks_give_the_same_tokens(one: tuple[Path, Oracle]) -> None:
     prompts = [Prompt([1, 2, 3]), Prompt([9, image_of(50, 40), 4]), Prompt([image_of(4, 90), 7, BLACK, 8])]
 
     async def scenario() -> list[list[int]]:
-        config = EngineConfig(
-            model_path=str(model), dtype="float32", kv_cache_bytes=8 << 20, devices=("cpu", "cpu")
-        )
+        config = EngineConfig(model_path=str(model), dtype="float32", kv_cache_bytes=8 << 20, devices=("cpu", "cpu"))
         async with running(config) as client:
             adds = [prompt.add(oracle.preprocessor, GREEDY) for prompt in prompts]
             return list(await asyncio.gather(*(answered(client, add) for add in adds)))
@@ -211,9 +203,7 @@ def test_two_ranks_give_the_same_tokens(one: tuple[Path, Oracle]) -> None:
         ({"do_resize": False}, "do_resize"),
     ],
 )
-def test_what_is_not_served_is_said_before_loading(
-    tmp_path: Path, changed: dict[str, Any], message: str
-) -> None:
+def test_what_is_not_served_is_said_before_loading(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
     file = make_internvl(tmp_path) / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changed))
     with pytest.raises(ModelLoadError, match=message):

@@ -58,9 +58,7 @@ def preprocessor(path: Path) -> Preprocessor[Any]:
 
 @settings(max_examples=60, deadline=None)
 @given(sizes(), st.integers(0, 2**32 - 1))
-def test_pixels_equal_the_processors(
-    preprocessor: Preprocessor[Any], size: tuple[int, int], seed: int
-) -> None:
+def test_pixels_equal_the_processors(preprocessor: Preprocessor[Any], size: tuple[int, int], seed: int) -> None:
     check_arrays(preprocessor, noise(*size, seed))
 
 
@@ -119,9 +117,7 @@ def test_log_probabilities_equal_transformers(model: tuple[Path, Oracle]) -> Non
 
 
 def test_two_ranks_give_the_same_tokens(path: Path) -> None:
-    check_two_ranks(
-        path, Oracle(path), [Prompt([1, noise(70, 30), 2]), Prompt([noise(31, 90, 1), noise(20, 20), 3])]
-    )
+    check_two_ranks(path, Oracle(path), [Prompt([1, noise(70, 30), 2]), Prompt([noise(31, 90, 1), noise(20, 20), 3])])
 
 
 def test_a_chat_through_the_backend(path: Path) -> None:
@@ -137,9 +133,7 @@ def test_a_chat_through_the_backend(path: Path) -> None:
         ("preprocessor_config.json", {"size": {"shortest_edge": 32}}, "tiles of 28, 32 pixels"),
     ],
 )
-def test_a_model_that_cannot_work_is_refused(
-    tmp_path: Path, file: str, changed: dict[str, Any], message: str
-) -> None:
+def test_a_model_that_cannot_work_is_refused(tmp_path: Path, file: str, changed: dict[str, Any], message: str) -> None:
     path = make_llava_next(tmp_path / "model")
     edit_json(path / file, **changed)
     with pytest.raises(ModelLoadError, match=message):

@@ -70,9 +70,7 @@ def test_requests_wait_for_places_of_images_and_text_passes_them(model: tuple[Pa
         outputs = engine.step()
         collect(results, outputs)
         ended += [output.request_id for output in outputs if output.finish is not None]
-        assert engine.runner.encoder_cache.used_bytes <= 2 * 34816, (
-            "2 layers, 2 x 2 x 16 x 68 values an image"
-        )
+        assert engine.runner.encoder_cache.used_bytes <= 2 * 34816, "2 layers, 2 x 2 x 16 x 68 values an image"
     assert ended == [0, 3, 1, 2] or ended == [3, 0, 1, 2]
     for number, prompt in enumerate(prompts):
         assert results[number].token_ids == oracle.generate(prompt, 6, ignore_eos=True)
@@ -88,12 +86,8 @@ def test_a_request_with_more_images_than_there_are_places_is_refused(model: tupl
     assert not engine.has_work
 
 
-@pytest.mark.parametrize(
-    "text", ["<|image|><|image|>hi", "<|image|><s>hi", "hi<|image|>", "hi", "<s><|image|>"]
-)
-def test_a_prompt_that_is_no_chat_begins_as_the_processor_has_it(
-    model: tuple[Path, Oracle], text: str
-) -> None:
+@pytest.mark.parametrize("text", ["<|image|><|image|>hi", "<|image|><s>hi", "hi<|image|>", "hi", "<s><|image|>"])
+def test_a_prompt_that_is_no_chat_begins_as_the_processor_has_it(model: tuple[Path, Oracle], text: str) -> None:
     from transformers.models.mllama.processing_mllama import build_string_from_input
 
     _, oracle = model
@@ -101,12 +95,8 @@ def test_a_prompt_that_is_no_chat_begins_as_the_processor_has_it(
     assert oracle.preprocessor.arranged(text, "<s>") == build_string_from_input(text, "<s>", "<|image|>")
 
 
-@pytest.mark.parametrize(
-    ("before", "between"), [(0, 0), (0, 12), (12, 0), (12, 12)], ids=lambda count: str(count)
-)
-def test_images_anywhere_are_seen_by_the_right_tokens(
-    model: tuple[Path, Oracle], before: int, between: int
-) -> None:
+@pytest.mark.parametrize(("before", "between"), [(0, 0), (0, 12), (12, 0), (12, 12)], ids=lambda count: str(count))
+def test_images_anywhere_are_seen_by_the_right_tokens(model: tuple[Path, Oracle], before: int, between: int) -> None:
     """Tokens before the first image see all of them; images next to each other are seen together."""
     path, oracle = model
     first, second = images()[:2]

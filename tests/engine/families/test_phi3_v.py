@@ -67,9 +67,7 @@ class Reference(Oracle):
         self._tower = CLIPVisionModel(CLIPVisionConfig(**VISION)).eval()
         begin = "model.vision_embed_tokens."
         clip = begin + "img_processor.vision_model."
-        self._tower.load_state_dict(
-            {k.removeprefix(clip): v for k, v in weights.items() if k.startswith(clip)}
-        )
+        self._tower.load_state_dict({k.removeprefix(clip): v for k, v in weights.items() if k.startswith(clip)})
         self._own = {k.removeprefix(begin): v for k, v in weights.items() if k.startswith(begin)}
 
     @torch.inference_mode()
@@ -83,9 +81,7 @@ class Reference(Oracle):
             for tile in tiles:
                 grid = tile.view(side, side, -1)
                 for left in range(0, side, 2):
-                    rows.append(
-                        torch.cat([grid[top + y, left + x] for y, x in ((0, 0), (0, 1), (1, 0), (1, 1))])
-                    )
+                    rows.append(torch.cat([grid[top + y, left + x] for y, x in ((0, 0), (0, 1), (1, 0), (1, 1))]))
             rows.append(self._own["sub_GN"].flatten())
 
         for row in range(down):
@@ -103,9 +99,7 @@ class Reference(Oracle):
     @torch.inference_mode()
     def _embedded(self, prompt: Prompt) -> torch.Tensor:
         table = self.model.get_input_embeddings()
-        parts = [
-            table(torch.tensor([item])) if isinstance(item, int) else self.rows(item) for item in prompt.items
-        ]
+        parts = [table(torch.tensor([item])) if isinstance(item, int) else self.rows(item) for item in prompt.items]
         return torch.cat(parts)[None]
 
     @torch.inference_mode()
@@ -114,9 +108,7 @@ class Reference(Oracle):
         while len(answer) < max_tokens and (ignore_eos or not set(answer) & set(EOS)):
             logits = self.model(inputs_embeds=embedded, use_cache=False).logits[0, -1]
             answer.append(int(logits.argmax()))
-            embedded = torch.cat(
-                [embedded, self.model.get_input_embeddings()(torch.tensor([answer[-1:]]))], dim=1
-            )
+            embedded = torch.cat([embedded, self.model.get_input_embeddings()(torch.tensor([answer[-1:]]))], dim=1)
         return answer
 
     @torch.inference_mode()
@@ -160,9 +152,7 @@ def test_log_probabilities_equal_the_reference_wherever_a_prompt_is_cut(
 ) -> None:
     prompt = Prompt(items)
     check_logprobs(model, oracle, prompt)
-    (got,) = run_all(
-        load_engine(model, max_num_batched_tokens=256), [prompt.add(oracle.preprocessor, GREEDY)]
-    ).values()
+    (got,) = run_all(load_engine(model, max_num_batched_tokens=256), [prompt.add(oracle.preprocessor, GREEDY)]).values()
     assert got.token_ids == oracle.generate(prompt, 16, ignore_eos=True)
 
 
@@ -200,9 +190,7 @@ def pixels(request: pytest.FixtureRequest, model: Path) -> Phi3VPreprocessor:
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    st.one_of(st.tuples(edges, edges), st.sampled_from([(1, 1), (900, 30), (30, 900), (1200, 1), (1, 1200)]))
-)
+@given(st.one_of(st.tuples(edges, edges), st.sampled_from([(1, 1), (900, 30), (30, 900), (1200, 1), (1, 1200)])))
 def test_pixels_and_tiles_equal_the_checkpoints_own(pixels: Phi3VPreprocessor, size: tuple[int, int]) -> None:
     image = image_of(*size, seed=sum(size))
     got = pixels.prepare(image)
@@ -237,9 +225,7 @@ words = st.sampled_from(["", "\n", " ", "What", " is it?\n", "a b"])
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(words, min_size=1, max_size=4), st.booleans(), st.booleans())
-def test_prompts_are_tokenised_as_the_checkpoints_processor_does(
-    texts: list[str], bos: bool, first: bool
-) -> None:
+def test_prompts_are_tokenised_as_the_checkpoints_processor_does(texts: list[str], bos: bool, first: bool) -> None:
     """first: a tokenizer that begins each prompt with a space, as Llama's does."""
     tokenizer = make_tokenizer(TEMPLATE, more=("<|image|>",))
     if bos:
@@ -303,9 +289,7 @@ def test_the_front_needs_no_torch(model: Path) -> None:
     assert learned(model)["heavy"] == HEAVY
 
 
-@pytest.mark.parametrize(
-    "make", [make_phi3_v, lambda path: make_text_model(path, "phi3")], ids=["phi3_v", "phi3"]
-)
+@pytest.mark.parametrize("make", [make_phi3_v, lambda path: make_text_model(path, "phi3")], ids=["phi3_v", "phi3"])
 def test_the_code_of_the_checkpoint_is_not_run(make: Callable[[Path], Path], tmp_path: Path) -> None:
     path = make(tmp_path)
     stored = json.loads((path / "config.json").read_text())
@@ -339,8 +323,7 @@ def test_chats_several_answers_stop_strings_and_grammars(model: Path, oracle: Re
             deltas = [delta async for delta in generation]
             tokenizer = AutoTokenizer.from_pretrained(model)
             first, *rest = (
-                tokenizer(text).input_ids
-                for text in ("<|user|>\n", "\nwhat\n", "\n is it?<|end|>\n<|assistant|>\n")
+                tokenizer(text).input_ids for text in ("<|user|>\n", "\nwhat\n", "\n is it?<|end|>\n<|assistant|>\n")
             )
             prompt = Prompt([*first, shown[0], *rest[0], shown[1], *rest[1]])
             assert oracle.preprocessor is not None

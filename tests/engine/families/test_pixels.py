@@ -55,9 +55,7 @@ def test_torchvisions_arithmetic_is_close_to_pillows_on_smooth_images(
     coarse = np.random.default_rng(seed).integers(30, 220, (5, 5, 3), dtype=np.uint8)
     image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR)
     # Where torchvision is installed, the plain name is its own processor.
-    pillows = getattr(transformers, f"{type(processor).__name__.removesuffix('Pil')}Pil")(
-        **processor.to_dict()
-    )
+    pillows = getattr(transformers, f"{type(processor).__name__.removesuffix('Pil')}Pil")(**processor.to_dict())
     recipes = [recipe_of(processor, "torchvision"), recipe_of(pillows, "pil")]
     got, want = (DirectPixels(recipe)(image) for recipe in recipes if recipe is not None)
     std = np.array(processor.image_std if processor.do_normalize else [1.0] * 3, np.float32)
@@ -75,9 +73,7 @@ def test_a_step_that_only_torchvision_itself_knows_needs_it(tmp_path: Path) -> N
         LlavaPreprocessor.from_model(str(tmp_path), backend="torchvision")
 
 
-def test_a_processor_with_another_step_is_used_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_processor_with_another_step_is_used_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kind = type(PROCESSORS["siglip"])
     own = kind.normalize
 

@@ -68,9 +68,7 @@ def preprocessor(oracle: Oracle) -> Preprocessor[Any]:
 
 @settings(max_examples=60, deadline=None)
 @given(sizes(), st.integers(0, 2**32 - 1))
-def test_pixels_equal_the_processors(
-    preprocessor: Preprocessor[Any], size: tuple[int, int], seed: int
-) -> None:
+def test_pixels_equal_the_processors(preprocessor: Preprocessor[Any], size: tuple[int, int], seed: int) -> None:
     check_arrays(preprocessor, noise(*size, seed))
 
 
@@ -95,9 +93,7 @@ def test_expansion_equals_the_joint_processors(path: Path, wanted: list[tuple[in
         ((1, 1), 1, 1),
     ],
 )
-def test_known_tokens(
-    preprocessor: Preprocessor[Any], size: tuple[int, int], rows: int, columns: int
-) -> None:
+def test_known_tokens(preprocessor: Preprocessor[Any], size: tuple[int, int], rows: int, columns: int) -> None:
     layout = preprocessor.layout(*size)
     row = [IMG] * columns + [IMG_BREAK]
     assert layout.token_ids == row * (rows - 1) + [IMG] * columns + [IMG_END]
@@ -135,18 +131,14 @@ def test_log_probabilities_equal_transformers(path: Path, oracle: Oracle) -> Non
 
 
 def test_two_ranks_give_the_same_tokens(path: Path, oracle: Oracle) -> None:
-    check_two_ranks(
-        path, oracle, [Prompt([1, noise(70, 30), 2]), Prompt([noise(31, 90, 1), noise(20, 20), 3])]
-    )
+    check_two_ranks(path, oracle, [Prompt([1, noise(70, 30), 2]), Prompt([noise(31, 90, 1), noise(20, 20), 3])])
 
 
 def test_a_chat_through_the_backend(path: Path, oracle: Oracle) -> None:
     check_chat(path, oracle, TEMPLATE, [noise(70, 30), noise(31, 90, 1)])
 
 
-def test_an_image_of_which_nothing_would_be_left_is_refused(
-    path: Path, preprocessor: Preprocessor[Any]
-) -> None:
+def test_an_image_of_which_nothing_would_be_left_is_refused(path: Path, preprocessor: Preprocessor[Any]) -> None:
     thin = noise(1, 2 * LONGEST)
     with pytest.raises(RequestRejected, match="too thin"):
         preprocessor.prepare(thin)
@@ -176,9 +168,7 @@ def test_rows_in_place_of_an_image_are_refused(preprocessor: Preprocessor[Any]) 
         ("processor_config.json", {"image_break_token": "[ROW]"}, r"no token '\[ROW\]'"),
     ],
 )
-def test_a_model_that_cannot_work_is_refused(
-    tmp_path: Path, file: str, changed: dict[str, Any], message: str
-) -> None:
+def test_a_model_that_cannot_work_is_refused(tmp_path: Path, file: str, changed: dict[str, Any], message: str) -> None:
     path = make_pixtral(tmp_path / "model")
     edit_json(path / file, **changed)
     with pytest.raises(ModelLoadError, match=message):

@@ -196,9 +196,7 @@ def test_two_ranks_give_the_same_tokens(model: tuple[Path, Oracle]) -> None:
     assert asyncio.run(scenario()) == oracle.generate(marked(1, ODD, 2, LONG, 3), 16)
 
 
-def test_encoding_is_bounded_and_gives_the_same(
-    model: tuple[Path, Oracle], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_encoding_is_bounded_and_gives_the_same(model: tuple[Path, Oracle], monkeypatch: pytest.MonkeyPatch) -> None:
     """The images have 16 to 104 patches each. The rows are also what the cache counts."""
     path, oracle = model
     engine = load_engine(path)
@@ -246,9 +244,7 @@ sides = st.one_of(st.integers(1, 40), st.integers(40, 400))
 
 @settings(max_examples=60, deadline=None)
 @given(st.tuples(sides, sides).filter(lambda size: max(size) <= 200 * min(size)), st.integers(0, 2**32 - 1))
-def test_pixels_and_counts_equal_the_processors(
-    prepared: tuple[Any, Any], size: tuple[int, int], seed: int
-) -> None:
+def test_pixels_and_counts_equal_the_processors(prepared: tuple[Any, Any], size: tuple[int, int], seed: int) -> None:
     ours, theirs = prepared
     assert ours.metadata.recipe is not None
     image = noise(*size, seed=seed)
@@ -263,9 +259,7 @@ def test_pixels_and_counts_equal_the_processors(
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(1, 20_000), st.integers(1, 20_000))
-def test_counts_of_large_images_equal_the_processors(
-    prepared: tuple[Any, Any], width: int, height: int
-) -> None:
+def test_counts_of_large_images_equal_the_processors(prepared: tuple[Any, Any], width: int, height: int) -> None:
     ours, theirs = prepared
     if max(width, height) > 200 * min(width, height):
         with pytest.raises(RequestRejected, match=f"it is {width}x{height} pixels"):
@@ -330,8 +324,7 @@ def test_prompts_equal_the_joint_processors(tmp_path: Path, kind: str) -> None:
     rng = random.Random(2)
     for _ in range(60):
         images = [
-            noise(rng.choice([1, 9, 50, 120, 500]), rng.choice([5, 30, 110, 200]))
-            for _ in range(rng.randint(1, 4))
+            noise(rng.choice([1, 9, 50, 120, 500]), rng.choice([5, 30, 110, 200])) for _ in range(rng.randint(1, 4))
         ]
         text = "".join(rng.choice(["a", "\n", " ", "é", ""]) + "<|image_pad|>" for _ in images) + "?"
         want = theirs(text=[text], images=images)["input_ids"][0]
@@ -376,9 +369,7 @@ def asked(
         if isinstance(item, str):
             parts.append(TextPart(item))
         elif isinstance(item, Image.Image):
-            parts.append(
-                ImagePart("data:", LoadedImage(item, item.tobytes()[:64] + repr(item.size).encode()))
-            )
+            parts.append(ImagePart("data:", LoadedImage(item, item.tobytes()[:64] + repr(item.size).encode())))
         else:
             parts.append(EmbeddingsPart("", loaded=item))
     params = RequestSampling(**{"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, **(sampling or {})})
@@ -465,8 +456,7 @@ def test_positions_come_from_the_grid_alone() -> None:
     preprocessor = Qwen2VLPreprocessor(metadata)
     grids = [np.array([1, 4, 6]), np.array([1, 12, 2])]
     images = [
-        ImageInput(b"", offset, 6, {GRID: TensorData.pack(grid)})
-        for offset, grid in zip((1, 8), grids, strict=True)
+        ImageInput(b"", offset, 6, {GRID: TensorData.pack(grid)}) for offset, grid in zip((1, 8), grids, strict=True)
     ]
     positions, delta = preprocessor.positions(16, images)
     assert positions is not None

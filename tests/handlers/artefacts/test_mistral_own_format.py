@@ -110,18 +110,14 @@ def ordinary(make: PromptMaker) -> PromptMaker:
 
     def made(rng: Any, prefixes: list[list[int]]) -> Prompt:
         prompt = make(rng, prefixes)
-        items = [
-            item + SPECIAL if isinstance(item, int) and item < SPECIAL else item for item in prompt.items
-        ]
+        items = [item + SPECIAL if isinstance(item, int) and item < SPECIAL else item for item in prompt.items]
         return Prompt(items)
 
     return made
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_tokens_equal_generate_on_the_converted_model(
-    path: Path, oracle: Oracle, kind: str, seed: int
-) -> None:
+def test_tokens_equal_generate_on_the_converted_model(path: Path, oracle: Oracle, kind: str, seed: int) -> None:
     images = [noise(*size, seed) for size in [(9, 60), (300, 40), (64, 64), (33, 31), (20, 600)]]
     make = prompts_with([] if kind == "text" else images)
     check_random_load(path, oracle, seed, ordinary(make), max_model_len=400)
@@ -139,9 +135,7 @@ def test_neighbours_turned_together_score_as_halves_do() -> None:
     weight, hidden = torch.randn(32, 16, generator=random), torch.randn(5, 16, generator=random)
     frequencies = 10000.0 ** (-torch.arange(0, 32, 2) / 32)
     angles = torch.arange(5)[:, None] * frequencies
-    theirs = torch.view_as_complex((hidden @ weight.T).view(5, 16, 2)) * torch.polar(
-        torch.ones(5, 16), angles
-    )
+    theirs = torch.view_as_complex((hidden @ weight.T).view(5, 16, 2)) * torch.polar(torch.ones(5, 16), angles)
     want = torch.view_as_real(theirs).flatten(1) @ torch.view_as_real(theirs).flatten(1).T
     turned = torch.cat([angles, angles], -1)[None]
     ours = (hidden @ halves(weight).T)[None, None]
@@ -207,9 +201,7 @@ def test_the_tokenizer_gives_back_every_text(tmp_path: Path) -> None:
         ({"vision_encoder": params()["vision_encoder"] | {"spatial_merge_size": 2}}, "fit neither Pixtral"),
     ],
 )
-def test_what_is_not_read_in_this_format_is_named(
-    tmp_path: Path, changed: dict[str, Any], message: str
-) -> None:
+def test_what_is_not_read_in_this_format_is_named(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
     model = make_mistral(tmp_path / "model", **changed)
     with pytest.raises(ArtefactError, match=message):
         completed(model, tmp_path)
@@ -224,9 +216,7 @@ def test_a_tokenizer_whose_chats_are_not_known_is_warned_of(tmp_path: Path) -> N
     (with_config / "config.json").write_bytes((completed(alone, tmp_path) / "config.json").read_bytes())
     for model in (alone, with_config):
         warnings = describe(configure(model, f"download_dir={tmp_path}"), CPU)["warnings"]
-        (warning,) = [
-            text for text in warnings if text.startswith("the model has no chat template, so every chat")
-        ]
+        (warning,) = [text for text in warnings if text.startswith("the model has no chat template, so every chat")]
         assert "set option.chat_template" in warning
         assert f"of the versions {', '.join(VERSIONS)} there is one" in warning
 
@@ -259,9 +249,7 @@ def test_a_damaged_tokenizer_is_told(tmp_path: Path, changed: dict[str, Any], me
         ),
     ],
 )
-def test_weights_that_do_not_fit_are_told(
-    tmp_path: Path, name: str, tensor: torch.Tensor | None, message: str
-) -> None:
+def test_weights_that_do_not_fit_are_told(tmp_path: Path, name: str, tensor: torch.Tensor | None, message: str) -> None:
     path = completed(make_mistral(tmp_path / "model"), tmp_path)
     stored = weights(params()) | ({} if tensor is None else {name: tensor})
     if tensor is None:
@@ -330,9 +318,7 @@ CHATS: dict[str, list[dict[str, Any]]] = {
         {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "d"}]},
     ],
 }  # fmt: skip
-TOOLS = [
-    {"type": "function", "function": {"name": "f", "description": "é", "parameters": {"type": "object"}}}
-]
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "é", "parameters": {"type": "object"}}}]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -352,10 +338,7 @@ def test_chats_are_written_as_mistral_common_writes_them(tmp_path: Path, version
         | {
             "content": turn["content"]
             if isinstance(turn["content"], str)
-            else [
-                part if part["type"] == "text" else {"type": "image", "image": image}
-                for part in turn["content"]
-            ]
+            else [part if part["type"] == "text" else {"type": "image", "image": image} for part in turn["content"]]
         }
         for turn in CHATS[chat]
     ]
@@ -378,9 +361,7 @@ def test_an_effort_that_the_model_does_not_know_is_refused(tmp_path: Path) -> No
         (tmp_path / name).write_text(json.dumps(content))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, mistral_format=False)
     with pytest.raises(TemplateError, match="reasoning_effort of this model is one of none, high"):
-        tokenizer.apply_chat_template(
-            CHATS["a question"], chat_template=chat_template(read), reasoning_effort="low"
-        )
+        tokenizer.apply_chat_template(CHATS["a question"], chat_template=chat_template(read), reasoning_effort="low")
 
 
 def test_other_versions_have_no_template(tmp_path: Path) -> None:

@@ -111,15 +111,11 @@ def test_a_prefix_becomes_a_directory(s3: Any, tmp_path: Path) -> None:
     with shown(lambda progress: None, 60) as progress:
         directory = fetch(location, settings, threading.Event())
     assert (progress.done, progress.total) == (1002, 1002)
-    found = {
-        str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()
-    }
+    found = {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
     assert found == {"config": b"{}", "adapters/a/weights": b"w" * 1000, "empty": b""}
 
 
-def test_what_is_there_is_not_fetched_again_and_what_changed_is(
-    s3: Any, proxy: Proxy, tmp_path: Path
-) -> None:
+def test_what_is_there_is_not_fetched_again_and_what_changed_is(s3: Any, proxy: Proxy, tmp_path: Path) -> None:
     put(s3, same=b"1" * 10, other=b"1" * 10, gone=b"1")
     first = get(tmp_path)
     put(s3, other=b"2" * 10)
@@ -161,9 +157,7 @@ def test_the_next_start_keeps_the_files_that_were_complete(
     assert proxy.ranges == ["0-"]
 
 
-def test_an_object_that_changes_while_it_is_fetched_stops_the_download(
-    s3: Any, proxy: Proxy, tmp_path: Path
-) -> None:
+def test_an_object_that_changes_while_it_is_fetched_stops_the_download(s3: Any, proxy: Proxy, tmp_path: Path) -> None:
     put(s3, weights=b"1" * 10)
     proxy.before_range = lambda: put(s3, weights=b"2" * 10)
     with pytest.raises(ArtefactError, match="an object changed while it was fetched"):
@@ -242,9 +236,7 @@ def test_a_role_without_rights_is_told_which_it_needs(s3: Any, endpoint: str, tm
         httpx.post(f"{endpoint}/moto-api/reset-auth", content="inf", timeout=60)
 
 
-def test_without_credentials_the_error_says_so(
-    s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_credentials_the_error_says_so(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")

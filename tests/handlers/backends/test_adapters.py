@@ -34,9 +34,7 @@ def test_what_is_no_adapter_is_told(tmp_path: Path, name: str, files: list[str])
         AdapterFiles(tmp_path).at_start()
 
 
-def test_code_of_an_adapters_own_is_not_used_and_that_is_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_code_of_an_adapters_own_is_not_used_and_that_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make(tmp_path, "poet", "adapter_config.json", "model.py")
     assert set(AdapterFiles(tmp_path).at_start()) == {"poet"}
     assert "adapters/poet/model.py is not used" in caplog.text

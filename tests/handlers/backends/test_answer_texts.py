@@ -88,9 +88,7 @@ def output(
         index=index, token_ids=list(token_ids), text="not read", logprobs=None, finish_reason=reason,
         stop_reason=stop,
     )  # fmt: skip
-    return SimpleNamespace(
-        outputs=[completion], finished=reason is not None, num_cached_tokens=0, prompt_logprobs=None
-    )
+    return SimpleNamespace(outputs=[completion], finished=reason is not None, num_cached_tokens=0, prompt_logprobs=None)
 
 
 def deltas(*outputs: SimpleNamespace, n: int = 1, **params: Any) -> tuple[list[Delta], bool]:

@@ -43,8 +43,7 @@ def own(both: Path) -> Path:
 
 def test_the_hugging_face_tokenizer_is_taken_where_both_are(both: Path) -> None:
     ours, plain = (
-        load_tokenizer(str(path), trust_remote_code=False)("a red circle")["input_ids"]
-        for path in (both, SHAPES)
+        load_tokenizer(str(path), trust_remote_code=False)("a red circle")["input_ids"] for path in (both, SHAPES)
     )
     assert ours == plain
     assert describe(configure(both), CPU)["errors"] == []
@@ -52,9 +51,7 @@ def test_the_hugging_face_tokenizer_is_taken_where_both_are(both: Path) -> None:
 
 def test_a_tokenizer_of_sentencepiece_alone_is_refused_with_what_to_do(own: Path) -> None:
     (own / "tekken.json").rename(own / "tokenizer.model.v3")
-    with pytest.raises(
-        ModelLoadError, match=r"tokenizer\.model\.v3 only.*serve the model in the Hugging Face format"
-    ):
+    with pytest.raises(ModelLoadError, match=r"tokenizer\.model\.v3 only.*serve the model in the Hugging Face format"):
         load_tokenizer(str(own), trust_remote_code=False)
     (error,) = describe(configure(own), CPU)["errors"]
     assert "tokenizer as tokenizer.model.v3 only, Mistral's own format, and no tokenizer.json" in error

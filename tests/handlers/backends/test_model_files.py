@@ -103,9 +103,7 @@ def outcome(model: Path, *options: str) -> tuple[list[str], list[str]]:
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json", "processor_config.json"])
-def test_infinity_and_nan_are_numbers_as_in_transformers(
-    whole: dict[str, Path], tmp_path: Path, name: str
-) -> None:
+def test_infinity_and_nan_are_numbers_as_in_transformers(whole: dict[str, Path], tmp_path: Path, name: str) -> None:
     model = shutil.copytree(whole["vision"], tmp_path / "model")
     content = json.loads((model / name).read_text("utf-8"))
     content |= {"model_max_length": float("inf"), "lowest": float("-inf"), "unknown": float("nan")}
@@ -177,11 +175,7 @@ def test_a_context_that_only_the_family_knows_is_told_before_weights_are_read(
     del config["text_config"]["max_position_embeddings"]  # Llama's own is 2048
     path.write_text(json.dumps(config))
     checked, started = outcome(tmp_path / "model", "max_model_len=2049")
-    assert (
-        checked
-        == started
-        == ["option.max_model_len = 2049 is more than the model's own 2048 positions; lower it"]
-    )
+    assert checked == started == ["option.max_model_len = 2049 is more than the model's own 2048 positions; lower it"]
     assert outcome(tmp_path / "model", "max_model_len=2048") == ([], [])
 
 
@@ -226,8 +220,4 @@ def test_a_shard_without_a_tensor_of_the_index(whole: dict[str, Path], tmp_path:
     lacking = min(tensors)
     save_file({name: tensor for name, tensor in tensors.items() if name != lacking}, path, {"format": "pt"})
     checked, started = outcome(tmp_path / "model")
-    assert (
-        checked
-        == started
-        == [f"{path.name} has no tensor {lacking}, which its index names: fetch both again"]
-    )
+    assert checked == started == [f"{path.name} has no tensor {lacking}, which its index names: fetch both again"]

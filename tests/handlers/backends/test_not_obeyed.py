@@ -197,17 +197,13 @@ def test_a_cache_larger_than_a_full_batch_can_use(model: Path) -> None:
     assert "does not fit: 87.89 GiB are needed and 24.00 GiB are usable" in told(theirs.errors)
 
 
-@pytest.mark.parametrize(
-    "options", [["encoder_cache_mb=900000"], ["encoder_cache_mb=13000", "max_workers=2"]]
-)
+@pytest.mark.parametrize("options", [["encoder_cache_mb=900000"], ["encoder_cache_mb=13000", "max_workers=2"]])
 def test_an_encoder_cache_larger_than_the_memory(model: Path, options: list[str]) -> None:
     config = json.loads((model / "config.json").read_text())
     configuration = resolve(model=str(model), environ={}, options=options).with_model_config(config)
     found = fit(configuration, backend_of("rolling"), model, config, CPU)
     assert "is more than the 24.00 GiB of host memory" in told(found.warnings)
-    smaller = resolve(model=str(model), environ={}, options=["encoder_cache_mb=500"]).with_model_config(
-        config
-    )
+    smaller = resolve(model=str(model), environ={}, options=["encoder_cache_mb=500"]).with_model_config(config)
     assert fit(smaller, backend_of("rolling"), model, config, CPU).warnings == []
     assert fit(configuration, backend_of("vllm"), model, config, CPU).warnings == [], "it has no such cache"
 
@@ -224,9 +220,7 @@ def test_the_engine_says_that_an_encoder_cache_is_too_large(caplog: pytest.LogCa
     with caplog.at_level(logging.WARNING):
         encoder_budget(EngineConfig(model_path="", encoder_cache_bytes=500 << 20), torch.device("cpu"), 0)
         assert caplog.text == ""
-        encoder_budget(
-            EngineConfig(model_path="", encoder_cache_bytes=900_000_000 << 20), torch.device("cpu"), 0
-        )
+        encoder_budget(EngineConfig(model_path="", encoder_cache_bytes=900_000_000 << 20), torch.device("cpu"), 0)
     assert "encoder_cache_mb = 900000000 is more than the memory of" in caplog.text
 
 
@@ -255,14 +249,10 @@ def test_an_encoder_cache_smaller_than_an_image_that_a_request_keeps(
         options = [f"encoder_cache_mb={asked}"]
         configuration = resolve(model=str(model), environ={}, options=options).with_model_config(config)
         warned = " ".join(map(str, fit(configuration, backend_of("rolling"), model, config, CPU).warnings))
-        assert (
-            "encoder_cache_mb = 0 (--option encoder_cache_mb) is less than the 1 MiB" in warned
-        ) == expected
+        assert ("encoder_cache_mb = 0 (--option encoder_cache_mb) is less than the 1 MiB" in warned) == expected
     with caplog.at_level(logging.INFO):
         engine = load_engine(model, encoder_cache_bytes=0)
-    assert (
-        "encoder_cache_mb = 0 is less than the 1 MiB that one image of a running request takes" in caplog.text
-    )
+    assert "encoder_cache_mb = 0 is less than the 1 MiB that one image of a running request takes" in caplog.text
     assert "memory for 1 images of running requests, 0.0 MiB each" in caplog.text
     assert engine.scheduler.image_slots == 1
 

@@ -48,9 +48,7 @@ def test_what_it_answers_and_what_it_refuses(model: Path) -> None:
             assert tokens(first, 0) != tokens(first, 1)
             assert tokens(first, 1) == tokens(again), "the second answer's seed is the next number"
 
-            generation = await backend.generate(
-                request("abc", sampling={"prompt_logprobs": 1, "logprobs": 0})
-            )
+            generation = await backend.generate(request("abc", sampling={"prompt_logprobs": 1, "logprobs": 0}))
             deltas = [delta async for delta in generation]
             assert generation.stats.prompt_logprobs is not None
             assert len(generation.stats.prompt_logprobs) == generation.stats.prompt_tokens
@@ -133,9 +131,7 @@ def test_what_cannot_be_loaded_is_said_plainly(model: Path, settings: dict[str, 
     assert not children_running(os.getpid(), "engine.process")
 
 
-def test_images_that_fill_the_context_are_told_at_the_start(
-    model: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_images_that_fill_the_context_are_told_at_the_start(model: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def start() -> None:
         async with loaded(model, limit_mm_per_prompt={"image": 40}):
             pass

@@ -115,13 +115,9 @@ def test_choosing_imports_no_engine() -> None:
 
 def test_a_model_that_is_not_served_is_told_what_serves_it() -> None:
     told = remedy(["Qwen2VLForConditionalGeneration"], vllm=False)
-    assert told.startswith(
-        "vLLM serves Qwen2VLForConditionalGeneration: install vllm>=0.32,<0.34 (pip install '"
-    )
+    assert told.startswith("vLLM serves Qwen2VLForConditionalGeneration: install vllm>=0.32,<0.34 (pip install '")
     assert told.endswith("and set option.rolling_batch=vllm")
     code = remedy(["Phi3VForCausalLM"], vllm=False)
     assert code.endswith("and set option.rolling_batch=vllm and option.trust_remote_code=true")
     assert "0.10.2 was the last to serve Mllama" in remedy(["MllamaForConditionalGeneration"], vllm=False)
-    assert "does not list NewModel either: serve a model of a family that is served" in remedy(
-        ["NewModel"], vllm=False
-    )
+    assert "does not list NewModel either: serve a model of a family that is served" in remedy(["NewModel"], vllm=False)

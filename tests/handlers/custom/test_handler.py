@@ -131,9 +131,7 @@ def model(path: Path, code: str, **files: str) -> Path:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     path = model(tmp_path_factory.mktemp("own"), ONE_BY_ONE, helper="NAME = 'helper beside the handler'")
-    with LiveServer(
-        path, "dtype=bf16", "predict_timeout=20", "my_own_option=7", HF_TOKEN="hf_secret"
-    ) as live:
+    with LiveServer(path, "dtype=bf16", "predict_timeout=20", "my_own_option=7", HF_TOKEN="hf_secret") as live:
         yield live
 
 
@@ -407,9 +405,7 @@ def runs(pid: int) -> bool:
 
 @pytest.mark.parametrize("how", ["fork", "popen"])
 @pytest.mark.parametrize("end", ["dies", "stays"])
-def test_processes_of_the_handlers_own_hide_no_death_and_do_not_stay(
-    tmp_path: Path, how: str, end: str
-) -> None:
+def test_processes_of_the_handlers_own_hide_no_death_and_do_not_stay(tmp_path: Path, how: str, end: str) -> None:
     path = model(tmp_path / "own", PARENT)
 
     async def run() -> None:

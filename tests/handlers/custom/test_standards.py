@@ -85,9 +85,7 @@ def test_without_starlette_the_start_says_where_to_name_it(tmp_path: Path) -> No
 
 
 def test_formatters_of_the_standard_are_refused_by_name(tmp_path: Path) -> None:
-    path = model(
-        tmp_path, "def input_formatter(f):\n    return f\n\n@input_formatter\ndef read(request):\n    pass\n"
-    )
+    path = model(tmp_path, "def input_formatter(f):\n    return f\n\n@input_formatter\ndef read(request):\n    pass\n")
     shutil.copytree(SHAPES, path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.py", "pictures"))
     with LiveServer(path, ready=False) as live:
         assert live.wait() == 1
@@ -95,9 +93,7 @@ def test_formatters_of_the_standard_are_refused_by_name(tmp_path: Path) -> None:
         assert "model.py: formatters are those of djl_python.input_parser and .output_formatter" in live.log
 
 
-@pytest.mark.parametrize(
-    "value", ["/v1/chat/completions", "vllm.entrypoints.openai.api_server:health", "model.py"]
-)
+@pytest.mark.parametrize("value", ["/v1/chat/completions", "vllm.entrypoints.openai.api_server:health", "model.py"])
 def test_a_variable_that_names_no_function_of_the_models(value: str) -> None:
     with pytest.raises(ConfigurationError, match=r"allowed: FILE\.py:FUNCTION in the model's directory"):
         resolve(model="org/model", environ={"CUSTOM_FASTAPI_INVOCATION_HANDLER": value})

@@ -113,11 +113,7 @@ def test_formats_that_hold(name: str, good: str, bad: str) -> None:
     assert not matches(constraint, json.dumps(bad))
 
 
-@given(
-    st.lists(
-        st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=8), min_size=1
-    )
-)
+@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=8), min_size=1))
 @settings(max_examples=40, deadline=None)
 def test_any_choice_can_be_said(choices: list[str]) -> None:
     constraint = Constraint("choice", json.dumps(choices))
@@ -313,9 +309,7 @@ def test_a_worker_that_is_ended_within_a_long_reply_holds_nobody_up() -> None:
     asyncio.run(run())
 
 
-def test_what_a_worker_prints_is_logged(
-    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_what_a_worker_prints_is_logged(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
     async def run() -> None:
         compiler = GrammarCompiler(Vocabulary("{}", 10, 10), 20)
         try:
@@ -327,7 +321,5 @@ def test_what_a_worker_prints_is_logged(
     asyncio.run(run())
     assert not workers()
     printed = [record.getMessage() for record in caplog.records if record.name == "processes.grammars"]
-    assert any(
-        "GrammarError: this tokenizer does not support constrained output" in line for line in printed
-    ), printed
+    assert any("GrammarError: this tokenizer does not support constrained output" in line for line in printed), printed
     assert capfd.readouterr() == ("", "")

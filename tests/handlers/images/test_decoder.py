@@ -35,9 +35,7 @@ def quarters(size: int = 32) -> Image.Image:
     """Red and green above, blue and white below: every turn and flip of it looks different."""
     image = Image.new("RGB", (size, size))
     half = size // 2
-    for place, colour in zip(
-        [(0, 0), (half, 0), (0, half), (half, half)], [RED, GREEN, BLUE, WHITE], strict=True
-    ):
+    for place, colour in zip([(0, 0), (half, 0), (0, half), (half, half)], [RED, GREEN, BLUE, WHITE], strict=True):
         image.paste(colour, (*place, place[0] + half, place[1] + half))
     return image
 
@@ -108,9 +106,7 @@ def test_orientation_swaps_the_sides() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-@pytest.mark.parametrize(
-    "exif", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"]
-)
+@pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"])
 def test_damaged_metadata_does_not_cost_the_image(exif: bytes) -> None:
     assert corners(decode(encoded(quarters(), "JPEG", exif=exif), LIMIT)) == [RED, GREEN, BLUE, WHITE]
 

@@ -284,9 +284,7 @@ def test_a_grid_must_fit_the_rows(grid: torch.Tensor | None, reason: str) -> Non
 
 
 def test_a_grid_for_a_model_that_wants_none_is_refused() -> None:
-    assert "wants no image_grid_thw" in refused(
-        {"image_embeds": ROWS, "image_grid_thw": torch.ones(3).long()}
-    )
+    assert "wants no image_grid_thw" in refused({"image_embeds": ROWS, "image_grid_thw": torch.ones(3).long()})
 
 
 @pytest.mark.parametrize(

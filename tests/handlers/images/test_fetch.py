@@ -245,9 +245,7 @@ def test_only_allowed_domains(run: Run) -> None:
             for name in ("images.test", "IMAGES.test.", "xn--bcher-kva.test"):
                 await load(f"http://{name}:{host.port}/", allowed_domains=domains, resolver=resolver)
             for name in ("other.test", "a.images.test", "images.test.evil.test"):
-                error = await refused(
-                    f"http://{name}:{host.port}/", allowed_domains=domains, resolver=resolver
-                )
+                error = await refused(f"http://{name}:{host.port}/", allowed_domains=domains, resolver=resolver)
                 assert "option.allowed_media_domains" in error.message
             assert "allowed_media_domains" in (await refused(host.url, allowed_domains=())).message
             elsewhere = Host(redirect("http://other.test/"))
@@ -504,9 +502,7 @@ def test_one_deadline_covers_everything(run: Run, serve: Serve) -> None:
             async with asyncio.timeout(60):  # no host here would ever end
                 error = await refused(host.url, fetch_timeout=0.4, max_redirects=1000)
             assert type(error) is ImageFetchTimeout
-            assert (
-                error.message == "image 0: it did not arrive within 0.4 seconds (option.image_fetch_timeout)"
-            )
+            assert error.message == "image 0: it did not arrive within 0.4 seconds (option.image_fetch_timeout)"
 
     run(main())
 
@@ -520,10 +516,7 @@ def test_the_deadline_covers_name_resolution(run: Run) -> None:
 
     async def main() -> None:
         try:
-            assert (
-                type(await refused("http://slow.test/", resolver=resolver, fetch_timeout=0.2))
-                is ImageFetchTimeout
-            )
+            assert type(await refused("http://slow.test/", resolver=resolver, fetch_timeout=0.2)) is ImageFetchTimeout
         finally:
             answer.set()
 
@@ -535,9 +528,7 @@ def test_the_requests_own_deadline_is_kept(run: Run) -> None:
         async with Host(silence).open() as host:
             loader = opened()
             start = time.monotonic()
-            with pytest.raises(
-                ImageFetchTimeout, match="image 0: it was not ready when the request's time was up"
-            ):
+            with pytest.raises(ImageFetchTimeout, match="image 0: it was not ready when the request's time was up"):
                 await loader.load([ImagePart(host.url)], deadline=start + 0.2)
             with pytest.raises(ImageFetchTimeout):
                 await loader.load([ImagePart(host.url)], deadline=start)
@@ -717,9 +708,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext,
     return server, ssl.create_default_context(cafile=str(path))
 
 
-def test_tls_verifies_the_name_not_the_address(
-    run: Run, authority: tuple[ssl.SSLContext, ssl.SSLContext]
-) -> None:
+def test_tls_verifies_the_name_not_the_address(run: Run, authority: tuple[ssl.SSLContext, ssl.SSLContext]) -> None:
     server, client = authority
 
     async def main() -> None:
@@ -736,9 +725,7 @@ def test_tls_verifies_the_name_not_the_address(
             assert type(error) is ImageFetchFailed
         async with Host(redirect("http://images.test/")).open(server) as host:
             error = await refused(f"https://images.test:{host.port}/", **given)
-            assert (
-                error.message == "image 0: after a redirect, it would leave https for http, which is refused"
-            )
+            assert error.message == "image 0: after a redirect, it would leave https for http, which is refused"
 
     run(main())
 

@@ -52,9 +52,7 @@ def test_what_the_header_names(header: bytes, codings: tuple[str, ...]) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, LIMIT), st.integers(0, 9), st.booleans(), st.randoms(use_true_random=False))
-def test_gzip_and_both_kinds_of_deflate_up_to_the_cap(
-    size: int, level: int, flat: bool, random: object
-) -> None:
+def test_gzip_and_both_kinds_of_deflate_up_to_the_cap(size: int, level: int, flat: bool, random: object) -> None:
     data = (b"ab" * size)[:size] if flat else random.randbytes(size)  # type: ignore[attr-defined]
     for coding, body in {"gzip": gzip.compress(data, level), "deflate": zlib.compress(data, level)}.items():
         assert without_codings(body, (coding,), size) == data
@@ -163,9 +161,7 @@ def test_what_no_header_says_is_decoded_within_the_same_limits() -> None:
     bomb = gzip.compress(b"\0" * 1_000_000)
     assert refusal(bomb).error is ImageTooLarge
     assert refusal(gzip.compress(bomb), "br").error is ImageTooLarge
-    assert refusal(gzip.compress(b"x" * 99)[:-9]).reason == (
-        "it begins like a gzip file, but its data ends too early"
-    )
+    assert refusal(gzip.compress(b"x" * 99)[:-9]).reason == ("it begins like a gzip file, but its data ends too early")
     heic = b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic"
     assert "not encoded in this way" in refusal(heic, "gzip").reason
     assert without_codings(heic, (), LIMIT) == heic

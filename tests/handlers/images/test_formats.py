@@ -90,10 +90,7 @@ def pixels(data: bytes) -> bytes:
         chunk(b"fcTL", b"\0" * 26),
         chunk(b"acTL", b"\0\0\0\2\0\0\0\0") + chunk(b"fcTL", b"\0\0\0\7" + b"\xff" * 22),
         chunk(b"fdAT", b"?"),
-        *(
-            chunk(name, b"Comment\0text", 1)
-            for name in (b"tEXt", b"zTXt", b"iTXt", b"tIME", b"prVt", b"eXIf")
-        ),
+        *(chunk(name, b"Comment\0text", 1) for name in (b"tEXt", b"zTXt", b"iTXt", b"tIME", b"prVt", b"eXIf")),
     ],
 )
 def test_a_png_with_a_large_or_broken_chunk(extra: bytes) -> None:
@@ -194,9 +191,7 @@ def tiff(order: str, big: bool, compressed: bool, *extra: tuple[int, int, int, i
     return head + struct.pack(order + offset, place) + body + table + struct.pack(order + offset, 0)
 
 
-@pytest.mark.parametrize(
-    ("order", "big"), [("<", False), (">", False), ("<", True)]
-)  # Pillow reads no others
+@pytest.mark.parametrize(("order", "big"), [("<", False), (">", False), ("<", True)])  # Pillow reads no others
 @pytest.mark.parametrize("compressed", [False, True])
 def test_a_tiff_whose_metadata_lies_outside_of_the_file(order: str, big: bool, compressed: bool) -> None:
     upright = IMAGE.transpose(Image.Transpose.ROTATE_270).tobytes()
@@ -322,9 +317,7 @@ WRAPPED: dict[str, Callable[[bytes], bytes]] = {
     "JPEG EXIF's table": lambda content: jpeg(segment(0xE1, b"Exif\0\0MM\0*\0\0\0\x08\0\3" + content)),
     "JPEG MPF": lambda content: jpeg(segment(0xE2, b"MPF\0MM\0*\0\0\0\x08\0\2" + content)),
     "JPEG Photoshop": lambda content: jpeg(segment(0xED, b"Photoshop 3.0\x008BIM" + content)),
-    "JPEG XMP": lambda content: jpeg(
-        segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0tiff:Orientation" + content)
-    ),
+    "JPEG XMP": lambda content: jpeg(segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0tiff:Orientation" + content)),
     "PNG EXIF": lambda content: png(chunk(b"eXIf", b"MM\0*\0\0\0\x08\0\3" + content)),
     "PNG text": lambda content: png(chunk(b"tEXt", b"Raw profile type exif\0" + content)),
     "PNG XMP": lambda content: png(chunk(b"iTXt", b"XML:com.adobe.xmp\0\0tiff:Orientation" + content)),

@@ -66,9 +66,7 @@ def test_the_lowest_index_is_reported_though_a_higher_one_fails_first() -> None:
 
     async def main() -> None:
         loader = ImageLoader(ImageLimits(), resolver=resolver)
-        loading = asyncio.create_task(
-            load(loader, data_url(), "http://slow.test/", data_url("lime"), "file:///x")
-        )
+        loading = asyncio.create_task(load(loader, data_url(), "http://slow.test/", data_url("lime"), "file:///x"))
         await asyncio.to_thread(asked.wait)
         go_on.set()
         with pytest.raises(ImageError, match="image 1: its host name cannot be resolved") as caught:

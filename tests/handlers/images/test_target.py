@@ -131,9 +131,7 @@ def test_redirects_are_relative_to_where_they_came_from() -> None:
     assert here.follow("https://[::1]:8443/").follow("/q") == Target("https", "::1", 8443, "/q")
 
 
-@pytest.mark.parametrize(
-    "location", ["http://a.b/", "file:///etc/passwd", "//[x", "data:,x", "https://u:p@a/"]
-)
+@pytest.mark.parametrize("location", ["http://a.b/", "file:///etc/passwd", "//[x", "data:,x", "https://u:p@a/"])
 def test_refused_redirects_are_the_hosts_fault(location: str) -> None:
     with pytest.raises(ImageProblem) as caught:
         Target("https", "a.b", 443, "/").follow(location)

@@ -19,9 +19,7 @@ from tests.support.scripted import ScriptedBackend, ScriptedGeneration, Scripted
 class Mortal(ScriptedBackend):
     """down: how many looks at its health find it gone, after a request has found it so. lost: for good."""
 
-    def __init__(
-        self, script: Sequence[Step] = (), down: int = 0, lost: bool = False, **given: object
-    ) -> None:
+    def __init__(self, script: Sequence[Step] = (), down: int = 0, lost: bool = False, **given: object) -> None:
         super().__init__(given.pop("answer", script))  # type: ignore[arg-type]
         self.down = down
         self.lost = lost
@@ -46,9 +44,7 @@ def requests(count: int, n: int = 1) -> list[GenerationRequest]:
     ]
 
 
-def outcomes(
-    backend: ScriptedBackend, count: int, *, window: int = 4, restart_seconds: float = 30.0
-) -> list[Outcome]:
+def outcomes(backend: ScriptedBackend, count: int, *, window: int = 4, restart_seconds: float = 30.0) -> list[Outcome]:
     found: dict[int, Outcome] = {}
 
     def done(number: int, outcome: Outcome) -> None:

@@ -136,9 +136,7 @@ def test_without_sampling_parameters_the_models_own_count_and_16_tokens(llm: LLM
     assert texts(llm.chat(turn(drawing("red-circle")), use_tqdm=False)) == ["a red circle"]
 
 
-def test_one_bad_item_fails_alone_and_says_why(
-    llm: LLM, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_one_bad_item_fails_alone_and_says_why(llm: LLM, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     good = drawing("red-circle")
     broken = tmp_path / "broken.png"
     broken.write_bytes((IMAGES / "red-circle.png").read_bytes()[:400])
@@ -246,9 +244,7 @@ def test_the_same_pixels_are_prepared_once_however_they_come(llm: LLM) -> None:
     again = llm.chat(turn(image.convert("RGBA")), GREEDY, use_tqdm=False)[0]
     assert again.prompt_token_ids == first.prompt_token_ids
     assert again.num_cached_tokens >= 64, "the prefix cache knows the image again"
-    other = llm.chat(turn(drawing("yellow-star").convert("RGB").resize(image.size)), GREEDY, use_tqdm=False)[
-        0
-    ]
+    other = llm.chat(turn(drawing("yellow-star").convert("RGB").resize(image.size)), GREEDY, use_tqdm=False)[0]
     assert other.outputs[0].text == "a yellow star"
     assert other.num_cached_tokens < 16
 
@@ -279,9 +275,7 @@ def test_token_ids_with_and_without_images(llm: LLM) -> None:
     given = {"prompt_token_ids": ids, "multi_modal_data": {"image": drawing("red-circle")}}
     named = {**given, "multi_modal_uuids": {"image": ["mine"]}}
     missing = {**named, "multi_modal_data": {"image": [None]}}
-    outputs = llm.generate(
-        [given, {"prompt_token_ids": ids}, ids[:2], named, missing], GREEDY, use_tqdm=False
-    )
+    outputs = llm.generate([given, {"prompt_token_ids": ids}, ids[:2], named, missing], GREEDY, use_tqdm=False)
     assert outputs[3].outputs[0].text == "a red circle"
     assert isinstance(outputs[4].error, ImageError)
     assert outputs[0].outputs[0].text == "a red circle"
@@ -304,9 +298,7 @@ def test_several_images_and_urls_in_a_conversation(llm: LLM) -> None:
 
 def test_n_best_of_and_log_probabilities(llm: LLM) -> None:
     conversation = turn(drawing("red-circle"))
-    three = llm.chat(conversation, SamplingParams(n=3, temperature=1.0, seed=1, logprobs=2), use_tqdm=False)[
-        0
-    ]
+    three = llm.chat(conversation, SamplingParams(n=3, temperature=1.0, seed=1, logprobs=2), use_tqdm=False)[0]
     assert [answer.index for answer in three.outputs] == [0, 1, 2]
     for answer in three.outputs:
         assert answer.logprobs is not None
@@ -451,9 +443,7 @@ def test_vllms_arguments_are_taken_and_what_has_no_effect_is_said(
     assert "enforce_eager" not in caplog.text
     assert "swap_space has no effect here" in caplog.text
     told = [line for line in caplog.messages if "allowed_local_media_path" in line]
-    assert told == [
-        "LLM's allowed_local_media_path has no effect here: open a file with Pillow and give the image"
-    ]
+    assert told == ["LLM's allowed_local_media_path has no effect here: open a file with Pillow and give the image"]
     assert "gpu_memory_utilization" not in caplog.text
     clear = Image.new("RGBA", (200, 200))
     ImageDraw.Draw(clear).ellipse((60, 60, 140, 140), fill="blue")

@@ -77,9 +77,7 @@ def test_the_pages_before_0_5(llm: LLM, pixels: dict[str, torch.Tensor]) -> None
     data = MultiModalData(type=MultiModalData.Type.IMAGE, data=pixels["yellow-star"])
     for outputs in (
         llm.generate(PROMPT, multi_modal_datas=data),
-        llm.generate(
-            PROMPT, sampling_params=SamplingParams(max_tokens=150, temperature=0), multi_modal_data=data
-        ),
+        llm.generate(PROMPT, sampling_params=SamplingParams(max_tokens=150, temperature=0), multi_modal_data=data),
     ):
         assert texts(outputs) == ["a yellow star"]
     both = MultiModalData(MultiModalData.Type.IMAGE, torch.cat(list(pixels.values())))
@@ -138,9 +136,7 @@ def test_features_and_embeddings() -> None:
         same = llm.generate({"prompt": question, "multi_modal_data": {"image": list(several)}})
         seen = [drawing("red-circle"), drawing("yellow-star")]
         assert (
-            texts(each)
-            == texts(same)
-            == texts(llm.generate({"prompt": question, "multi_modal_data": {"image": seen}}))
+            texts(each) == texts(same) == texts(llm.generate({"prompt": question, "multi_modal_data": {"image": seen}}))
         )
 
 
@@ -300,9 +296,7 @@ def test_the_same_embeddings_in_another_arrangement_are_another_image() -> None:
 
 def test_what_tensors_become() -> None:
     reader = images()
-    (part,) = reader.read(
-        {"image": {"image_embeds": torch.ones(1, 4, 8), "image_grid_thw": torch.tensor([[1, 4, 4]])}}
-    )
+    (part,) = reader.read({"image": {"image_embeds": torch.ones(1, 4, 8), "image_grid_thw": torch.tensor([[1, 4, 4]])}})
     assert isinstance(part, EmbeddingsPart)
     assert part.given is not None
     assert (part.given.rows.shape, part.given.grid, part.given.largest) == ((4, 8), (1, 4, 4), 1.0)
@@ -319,13 +313,9 @@ def test_pixels_of_a_model_whose_processor_says_nothing(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"preprocessor_config\.json does not say"):
         reader.read(ImagePixelData(torch.ones(3, 4, 4)))
     (tmp_path / "preprocessor_config.json").write_text(
-        json.dumps(
-            {"image_mean": [9] * 3, "image_std": [9] * 3, "do_normalize": False, "rescale_factor": 1 / 255}
-        )
+        json.dumps({"image_mean": [9] * 3, "image_std": [9] * 3, "do_normalize": False, "rescale_factor": 1 / 255})
     )
-    (part,) = PromptImages(tmp_path, lambda part: ImageTokens(9, 4), None).read(
-        ImagePixelData(torch.ones(3, 4, 4))
-    )
+    (part,) = PromptImages(tmp_path, lambda part: ImageTokens(9, 4), None).read(ImagePixelData(torch.ones(3, 4, 4)))
     assert isinstance(part, ImagePart)
     assert part.given is not None
     assert part.given.getpixel((0, 0)) == (255, 255, 255)

@@ -84,9 +84,7 @@ def shown(pieces: list[Piece]) -> dict[str, Any]:
     if reasoning:
         found["reasoning"] = reasoning
     if called:
-        found["calls"] = [
-            (name, json.loads(text) if is_object(text) else text) for name, text in called.values()
-        ]
+        found["calls"] = [(name, json.loads(text) if is_object(text) else text) for name, text in called.values()]
     return found
 
 
@@ -296,10 +294,7 @@ def test_a_call_that_breaks_after_it_began_says_so_and_the_rest_is_content() -> 
         ("mistral", "[THINK]a[/THINK]b", {"reasoning": "a", "content": "b"}),
         ("seed_oss", "<seed:think>a</seed:think>b", {"reasoning": "a", "content": "b"}),
         ("seed_oss", "a</seed:think>b", {"reasoning": "a", "content": "b"}),
-        *(
-            (name, "a</think>b", {"reasoning": "a", "content": "b"})
-            for name in ("olmo3", "step3", "minimax_m2")
-        ),
+        *((name, "a</think>b", {"reasoning": "a", "content": "b"}) for name in ("olmo3", "step3", "minimax_m2")),
         *(
             (name, "<think>a</think>b", {"reasoning": "a", "content": "b"})
             for name in ("glm45", "nemotron_v3", "holo2")
@@ -307,9 +302,7 @@ def test_a_call_that_breaks_after_it_began_says_so_and_the_rest_is_content() -> 
         ("deepseek_v3", "a</think>b", {"content": "a</think>b"}),
     ],
 )
-def test_reasoning_is_told_from_the_answer_wherever_it_is_cut(
-    name: str, text: str, expected: dict[str, Any]
-) -> None:
+def test_reasoning_is_told_from_the_answer_wherever_it_is_cut(name: str, text: str, expected: dict[str, Any]) -> None:
     assert shown(cut_everywhere(lambda: REASONING_FORMATS[name].parser(ParserContext()), text)) == expected
 
 
@@ -327,10 +320,7 @@ def test_reasoning_is_told_from_the_answer_wherever_it_is_cut(
         *((name, "<think>\n\n</think>\n\n", {}, False) for name in ("olmo3", "step3", "minimax_m2")),
         *((name, "", {"enable_thinking": False}, False) for name in ("glm45", "nemotron_v3", "holo2")),
         *((name, "", {"thinking": False}, False) for name in ("glm45", "nemotron_v3", "holo2")),
-        *(
-            (name, "assistant\n<think>", {}, True)
-            for name in ("glm45", "nemotron_v3", "holo2", "deepseek_v3")
-        ),
+        *((name, "assistant\n<think>", {}, True) for name in ("glm45", "nemotron_v3", "holo2", "deepseek_v3")),
         *((name, "assistant\n", {}, False) for name in ("glm45", "nemotron_v3", "holo2", "deepseek_v3")),
         ("think", "assistant: <think>", {}, True),
         ("think", "assistant: ", {}, False),
@@ -357,9 +347,7 @@ def test_calls_follow_reasoning_and_are_not_looked_for_in_it() -> None:
 
 def test_forced_calls() -> None:
     text = ' [{"name": "get_weather", "parameters": ' + PLAIN + '}, {"name":"now","parameters":{}}]\n'
-    assert shown(cut_everywhere(lambda: required_parser(openai_call_id), text)) == {
-        "calls": [CALL, ("now", {})]
-    }
+    assert shown(cut_everywhere(lambda: required_parser(openai_call_id), text)) == {"calls": [CALL, ("now", {})]}
     assert shown(cut_everywhere(lambda: named_parser("get_weather", openai_call_id), ESCAPED + "\n")) == {
         "calls": [CALL]
     }
@@ -381,20 +369,14 @@ MAKERS: dict[str, Make] = {
     **{name: calls(name) for name in ("hermes", "llama3_json", "mistral", "pythonic")},
     "required": lambda: required_parser(openai_call_id),
     "named": lambda: named_parser("f", openai_call_id),
-    **{
-        name: lambda name=name: REASONING_FORMATS[name].parser(ParserContext()) for name in ("qwen3", "think")
-    },  # type: ignore[misc]
+    **{name: lambda name=name: REASONING_FORMATS[name].parser(ParserContext()) for name in ("qwen3", "think")},  # type: ignore[misc]
 }
-MARKS = re.compile(
-    r"</?tool_call>|<\|python_(?:tag|start|end)\|>|\[TOOL_CALLS\]|\[ARGS\]|\[CALL_ID\]|</?think>"
-)
+MARKS = re.compile(r"</?tool_call>|<\|python_(?:tag|start|end)\|>|\[TOOL_CALLS\]|\[ARGS\]|\[CALL_ID\]|</?think>")
 
 
 @settings(max_examples=150, deadline=None)
 @given(text=texts, cuts=st.lists(st.integers(0, 120), max_size=8), name=st.sampled_from(sorted(MAKERS)))
-def test_any_text_gives_the_same_pieces_for_any_cuts_and_valid_unicode(
-    text: str, cuts: list[int], name: str
-) -> None:
+def test_any_text_gives_the_same_pieces_for_any_cuts_and_valid_unicode(text: str, cuts: list[int], name: str) -> None:
     make = MAKERS[name]
     whole = parsed(make(), [text])
     bounds = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
@@ -443,15 +425,10 @@ def test_what_is_no_call_comes_out_in_full(text: str, name: str) -> None:
     ),
     ascii_only=st.booleans(),
 )  # fmt: skip
-def test_any_arguments_come_through_every_format(
-    prose: str, arguments: list[dict[str, Any]], ascii_only: bool
-) -> None:
+def test_any_arguments_come_through_every_format(prose: str, arguments: list[dict[str, Any]], ascii_only: bool) -> None:
     dumped = [json.dumps(given, ensure_ascii=ascii_only) for given in arguments]
     objects = [f'{{"name": "now", "arguments": {text}}}' for text in dumped]
-    python = [
-        {f"k{i}": json.loads(json.dumps(value)) for i, value in enumerate(given.values())}
-        for given in arguments
-    ]
+    python = [{f"k{i}": json.loads(json.dumps(value)) for i, value in enumerate(given.values())} for given in arguments]
     written: dict[str, tuple[str, list[dict[str, Any]]]] = {
         "hermes": (prose + "".join(f"<tool_call>{text}</tool_call>" for text in objects), arguments),
         "llama3_json": ("; ".join(objects), arguments),

@@ -90,9 +90,7 @@ def test_they_are_found_where_transformers_finds_them(bare: Path, files: dict[st
 
 
 def test_tools_get_the_template_for_them_and_a_name_any(bare: Path) -> None:
-    named = [
-        {"name": n, "template": f"{n}{{{{ tools is defined }}}}"} for n in ("default", "tool_use", "rag")
-    ]
+    named = [{"name": n, "template": f"{n}{{{{ tools is defined }}}}"} for n in ("default", "tool_use", "rag")]
     empty: dict[str, Any] = dict.fromkeys(FILES)
     path = write(bare, {**empty, "tokenizer_config.json": named})
     tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(path)
@@ -153,9 +151,7 @@ def test_files_that_cannot_be_read_are_told(tmp_path: Path) -> None:
         (b"\xff\xff", "codec can't decode"),
     ):
         (tmp_path / "chat_template.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-        with pytest.raises(
-            ModelLoadError, match=r"chat_template\.json of the model cannot be read: ."
-        ) as caught:
+        with pytest.raises(ModelLoadError, match=r"chat_template\.json of the model cannot be read: .") as caught:
             read_chat_templates(None, tmp_path)
         assert reason in str(caught.value)
         assert "\n" not in str(caught.value)
@@ -191,9 +187,7 @@ def test_an_error_in_any_of_them_is_told_with_its_name() -> None:
 def test_a_served_model_has_all_its_templates(tmp_path: Path) -> None:
     path = make_text_model(tmp_path)
     (path / "chat_template.jinja").unlink()
-    write(
-        path, {"tokenizer_config.json": [{"name": n, "template": n} for n in ("default", "tool_use", "rag")]}
-    )
+    write(path, {"tokenizer_config.json": [{"name": n, "template": n} for n in ("default", "tool_use", "rag")]})
     templates = ModelFront.load(Settings(), str(path)).text.renderer.templates
     assert (templates.chosen(None, False), templates.chosen(None, True)) == ("default", "tool_use")
     assert templates.named.keys() == {"default", "tool_use", "rag"}

@@ -39,8 +39,7 @@ STRINGS = (
 )
 BOTH = PARTS.replace(
     "{% for part in message['content'] %}",
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}",
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}",
 ).replace("{% endfor %}<|im_end|>", "{% endfor %}{% endif %}<|im_end|>")
 
 
@@ -68,9 +67,7 @@ def whole_words() -> Tokenizer:
 
 def rstripping() -> Tokenizer:
     backend = byte_level()
-    backend.add_special_tokens(
-        [AddedToken("<|im_end|>", lstrip=True, rstrip=True, special=True, normalized=False)]
-    )
+    backend.add_special_tokens([AddedToken("<|im_end|>", lstrip=True, rstrip=True, special=True, normalized=False)])
     return backend
 
 
@@ -168,9 +165,7 @@ def test_images_stand_where_they_were_put(plain: PreTrainedTokenizerFast) -> Non
 
 
 def test_a_family_can_wrap_its_image_token(plain: PreTrainedTokenizerFast) -> None:
-    renderer = PromptRenderer(
-        plain, STRINGS, "string", "<image>", written=PlaceholderText("[INST]<image>[INST]")
-    )
+    renderer = PromptRenderer(plain, STRINGS, "string", "<image>", written=PlaceholderText("[INST]<image>[INST]"))
     assert "[INST]<image>[INST]\nwhat" in renderer.render(ChatPrompt([said(None, "what")])).text
     with pytest.raises(ValueError, match="once"):
         PromptRenderer(plain, STRINGS, "string", "<image>", written=PlaceholderText("[INST]"))
@@ -201,9 +196,7 @@ def test_ids_are_the_processors(tokenizer: PreTrainedTokenizerFast, template: st
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(max_size=40))
-def test_harmless_text_gives_the_ids_of_the_whole_prompt(
-    tokenizer: PreTrainedTokenizerFast, text: str
-) -> None:
+def test_harmless_text_gives_the_ids_of_the_whole_prompt(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     renderer = renderer_for(tokenizer)
     rendered = renderer.render(ChatPrompt([said(text, None, text)]))
     whole = tokenizer(rendered.text, add_special_tokens=not rendered.text.startswith("<s>")).input_ids
@@ -213,9 +206,7 @@ def test_harmless_text_gives_the_ids_of_the_whole_prompt(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(st.text(max_size=20), min_size=2, max_size=3))
-def test_the_literal_encoder_agrees_with_the_tokenizer(
-    tokenizer: PreTrainedTokenizerFast, texts: list[str]
-) -> None:
+def test_the_literal_encoder_agrees_with_the_tokenizer(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> None:
     """A special token in an earlier turn, which takes the literal encoder, changes no id of a harmless turn."""
     renderer = renderer_for(tokenizer)
     turn = said(*texts, None)
@@ -238,9 +229,7 @@ def renderer_for(tokenizer: PreTrainedTokenizerFast) -> PromptRenderer:
 
 pieces = st.one_of(
     st.sampled_from(SPECIAL),
-    st.sampled_from(
-        ["<", ">", "<im", "age>", "image", "<|im_", "start|>", "|>", "s>", "</", " ", "\n", "[IN", "ST]"]
-    ),
+    st.sampled_from(["<", ">", "<im", "age>", "image", "<|im_", "start|>", "|>", "s>", "</", " ", "\n", "[IN", "ST]"]),
     st.text(max_size=6),
 )
 hostile = st.lists(pieces, max_size=8).map("".join)
@@ -264,9 +253,7 @@ def test_typed_control_tokens_keep_their_letters(texts: list[str]) -> None:
     tokenizer = BYTE_LEVEL
     rendered = renderer_for(tokenizer).render(ChatPrompt([said(*texts)]))
     special = special_ids(tokenizer)
-    shown = tokenizer.decode(
-        [i for i in rendered.token_ids if i not in special], clean_up_tokenization_spaces=False
-    )
+    shown = tokenizer.decode([i for i in rendered.token_ids if i not in special], clean_up_tokenization_spaces=False)
     assert shown == "user\n" + "".join(texts) + "\nassistant\n"
 
 
@@ -294,9 +281,7 @@ def test_hostile_template_variables_names_and_tools_are_text(plain: PreTrainedTo
     renderer = PromptRenderer(plain, template, image_token="<image>")
     evil = "<|im_end|><image>"
     tools = [{"type": "function", "function": {"name": evil, "parameters": {evil: 1}}}]
-    prompt = ChatPrompt(
-        [said("hi")], template_kwargs={"mood": evil, "bos_token": evil, "tokenize": 1}, tools=tools
-    )
+    prompt = ChatPrompt([said("hi")], template_kwargs={"mood": evil, "bos_token": evil, "tokenize": 1}, tools=tools)
     rendered = renderer.render(prompt)
     assert skeleton(plain, rendered.token_ids) == ["<s>", "<|im_start|>", "<|im_end|>", "<|im_start|>"]
     assert rendered.text.startswith(evil + '[{"type": "function", "function": {"name": "' + evil)
@@ -344,9 +329,7 @@ def test_a_chat_can_say_whether_special_tokens_are_added() -> None:
     tokenizer = TOKENIZERS["byte level with bos"]()
     renderer = PromptRenderer(tokenizer, "{{ messages[0].content }}", image_token="<image>")
     counts = {
-        wish: renderer.render(ChatPrompt([said("hi")], add_special_tokens=wish)).token_ids.count(
-            tokenizer.bos_token_id
-        )
+        wish: renderer.render(ChatPrompt([said("hi")], add_special_tokens=wish)).token_ids.count(tokenizer.bos_token_id)
         for wish in (None, True, False)
     }
     assert counts == {None: 1, True: 1, False: 0}
@@ -440,9 +423,7 @@ def test_earlier_calls_nested_beyond_reason_are_refused(plain: PreTrainedTokeniz
         nested(500), nested(100_000),
     ],
 )  # fmt: skip
-def test_arguments_that_are_no_object_are_an_empty_one(
-    plain: PreTrainedTokenizerFast, arguments: object
-) -> None:
+def test_arguments_that_are_no_object_are_an_empty_one(plain: PreTrainedTokenizerFast, arguments: object) -> None:
     shows = (
         "{% for m in messages %}-{% for c in m.tool_calls %}{% for name, value in c.function.arguments.items() %}"
         "{{ name }}{% endfor %}{{ c.function.arguments }}{% endfor %}{% endfor %}"
@@ -461,9 +442,7 @@ def test_a_tools_answer_in_parts_is_one_string(plain: PreTrainedTokenizerFast) -
     loops = "{% for part in messages[0].content %}{{ part.text }}{% endfor %}"
     for turn in (said("a", "b <image>", role="tool"), said("a\nb <image>", role="tool", bare=True)):
         for template in (printed, either, loops + printed, loops + "{{ messages[-1].content | trim }}"):
-            rendered = PromptRenderer(plain, template, image_token="<image>").render(
-                ChatPrompt([said(), turn])
-            )
+            rendered = PromptRenderer(plain, template, image_token="<image>").render(ChatPrompt([said(), turn]))
             assert (rendered.text, rendered.n_images) == ("a\nb <image>", 0)
         rendered = PromptRenderer(plain, looped).render(ChatPrompt([said(), turn]))
         assert rendered.text == "[text a\nb <image>]"
@@ -498,9 +477,7 @@ def test_text_that_looks_like_a_mark_is_kept(plain: PreTrainedTokenizerFast) -> 
     assert text + "<image>" in rendered.text
     assert skeleton(plain, rendered.token_ids) == ["<|im_start|>", "<image>", "<|im_end|>", "<|im_start|>"]
     special = special_ids(plain)
-    shown = plain.decode(
-        [i for i in rendered.token_ids if i not in special], clean_up_tokenization_spaces=False
-    )
+    shown = plain.decode([i for i in rendered.token_ids if i not in special], clean_up_tokenization_spaces=False)
     assert shown == f"user\n{text}\nassistant\n"
 
 
@@ -529,14 +506,12 @@ def test_tool_calls_reach_the_template_as_objects(plain: PreTrainedTokenizerFast
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    first=st.lists(
-        st.sampled_from(["a", "i", "m", " ", "\n", "é", "🌍", *SPECIAL, "<im", "age>"]), max_size=6
-    ).map("".join),
+    first=st.lists(st.sampled_from(["a", "i", "m", " ", "\n", "é", "🌍", *SPECIAL, "<im", "age>"]), max_size=6).map(
+        "".join
+    ),
     second=st.text(max_size=8),
 )
-def test_every_token_has_its_place_in_the_text(
-    tokenizer: PreTrainedTokenizerFast, first: str, second: str
-) -> None:
+def test_every_token_has_its_place_in_the_text(tokenizer: PreTrainedTokenizerFast, first: str, second: str) -> None:
     renderer = PromptRenderer(tokenizer, PARTS, image_token="<image>")
     for prompt in (
         ChatPrompt([said(first, None, second), said(second, None, first)]),

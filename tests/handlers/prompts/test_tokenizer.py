@@ -177,9 +177,7 @@ def fallback_ids(backend: Tokenizer, words: list[str]) -> list[int]:
     found = []
     for word in words:
         token = backend.token_to_id(word)
-        found += (
-            [backend.token_to_id(f"<0x{byte:02X}>") for byte in word.encode()] if token is None else [token]
-        )
+        found += [backend.token_to_id(f"<0x{byte:02X}>") for byte in word.encode()] if token is None else [token]
     return found
 
 

@@ -85,9 +85,7 @@ def test_an_adapter_is_added_shown_updated_and_removed(client: httpx.Client, roo
     assert client.get(root).json() == {"adapters": []}
 
 
-def test_parameters_may_come_as_json_and_the_alias_is_what_messages_say(
-    client: httpx.Client, home: Path
-) -> None:
+def test_parameters_may_come_as_json_and_the_alias_is_what_messages_say(client: httpx.Client, home: Path) -> None:
     body = {"name": "component-1", "src": f"file://{home}/adapters/a", "preload": False}
     reply = client.post("/adapters", json=body, headers={"X-Amzn-SageMaker-Adapter-Alias": "Poet"})
     assert (reply.status_code, reply.json()) == (200, {"status": "Adapter Poet registered"})
@@ -96,9 +94,7 @@ def test_parameters_may_come_as_json_and_the_alias_is_what_messages_say(
     assert client.get("/adapters/component-1").json()["pin"] is True
 
 
-def test_adapters_are_listed_as_models_beside_the_one_they_belong_to(
-    client: httpx.Client, home: Path
-) -> None:
+def test_adapters_are_listed_as_models_beside_the_one_they_belong_to(client: httpx.Client, home: Path) -> None:
     (own,) = client.get("/v1/models").json()["data"]
     assert "parent" not in own
     assert client.post("/adapters", params={"name": "poet", "src": "adapters/a"}).status_code == 200
@@ -426,9 +422,7 @@ async def test_a_pinned_adapter_is_answered_for_when_the_engine_has_pinned_it(ho
         engine.removed.clear()
         await adapters.update(name, pin=pin)
         await engine.removed.wait()
-    assert [name.partition("#")[0] for number, name in engine.loaded.items() if number in engine.pinned] == [
-        "cook"
-    ]
+    assert [name.partition("#")[0] for number, name in engine.loaded.items() if number in engine.pinned] == ["cook"]
     again = LoraEngine(3)
     await adapters.load(again, again=True)
     assert again.pinned == engine.pinned

@@ -81,9 +81,7 @@ MISSPELT: list[tuple[str, dict[str, Any], str, str]] = [
     (
         "/v1/chat/completions",
         chat(
-            **dict.fromkeys(
-                ["mood", "transforms", "plugins", "route", "samplers", "slot_id", "features", "files"], 1
-            ),
+            **dict.fromkeys(["mood", "transforms", "plugins", "route", "samplers", "slot_id", "features", "files"], 1),
             max_token=5,
         ),
         "max_token",
@@ -220,9 +218,7 @@ def test_a_body_of_nothing_but_misspellings_costs_and_tells_little() -> None:
 @settings(max_examples=300, deadline=None)
 @given(
     st.dictionaries(
-        st.text(max_size=40)
-        | st.sampled_from(["max_token", "temprature", "x" * 31])
-        | st.from_regex(r"max_tok\w{3}"),
+        st.text(max_size=40) | st.sampled_from(["max_token", "temprature", "x" * 31]) | st.from_regex(r"max_tok\w{3}"),
         st.just(1),
         max_size=6,
     )

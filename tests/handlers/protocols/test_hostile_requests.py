@@ -281,9 +281,7 @@ plain = st.one_of(
     st.integers(-3, 40),
     st.sampled_from([*HUGE, 2**31, 2**31 - 1, -(2**31), 1e300, -1e-300, 0.5, 2.0]),
     st.floats(allow_nan=False, allow_infinity=False),
-    st.sampled_from(
-        ["", "a", "none", "\0", "\ufffd", "𝄞", "x" * 2000, "9" * 5000, "https://a.example/x.png"]
-    ),
+    st.sampled_from(["", "a", "none", "\0", "\ufffd", "𝄞", "x" * 2000, "9" * 5000, "https://a.example/x.png"]),
 )
 value = st.recursive(
     plain,
@@ -425,9 +423,7 @@ def test_whatever_is_sent_to_tgis_routes_is_answered_or_refused(body: Any, route
 @given(
     body=st.one_of(
         st.dictionaries(
-            st.sampled_from(
-                ["inputs", "prompt", "tokens", "parameters", "add_special_tokens", "return_token_strs"]
-            ),
+            st.sampled_from(["inputs", "prompt", "tokens", "parameters", "add_special_tokens", "return_token_strs"]),
             value | st.lists(numbers, max_size=3),
             max_size=3,
         ),

@@ -35,18 +35,14 @@ def sampling(defaults: dict[str, Any] | None = None, **parameters: Any) -> Reque
 def answer(steps: list[Step], body: Any, route: str = "/invocations", **headers: str) -> Reply:
     async def ask() -> Reply:
         backend = ScriptedBackend(steps, stats=lambda: STATS)
-        reply = await service(backend, limit_mm_per_prompt={"image": 9}).answer(
-            incoming(body, route, **headers)
-        )
+        reply = await service(backend, limit_mm_per_prompt={"image": 9}).answer(incoming(body, route, **headers))
         reply.body = await everything(reply)
         return reply
 
     return asyncio.run(ask())
 
 
-STATS = PromptStats(
-    2, prompt_token_ids=[1, 5], prompt_logprobs=[None, PositionLogprobs(token(5, "hi", -1.25), ())]
-)
+STATS = PromptStats(2, prompt_token_ids=[1, 5], prompt_logprobs=[None, PositionLogprobs(token(5, "hi", -1.25), ())])
 
 
 def result(steps: list[Step], body: Any, **headers: str) -> Any:
@@ -72,9 +68,7 @@ def test_defaults_are_thirty_tokens_and_greedy() -> None:
     assert sampling(do_sample=True).temperature == 1.0
     assert sampling(temperature=0.7).temperature == 0.7
     defaults = {"temperature": 0.3, "top_k": 20, "repetition_penalty": 1.05, "max_tokens": 500}
-    assert sampling(defaults) == RequestSampling(
-        max_tokens=30, temperature=0.0, top_k=20, repetition_penalty=1.05
-    )
+    assert sampling(defaults) == RequestSampling(max_tokens=30, temperature=0.0, top_k=20, repetition_penalty=1.05)
     assert sampling(defaults, do_sample=True).temperature == 0.3
     assert task().requests[0].max_tokens_is_default
     assert not task(max_new_tokens=30).requests[0].max_tokens_is_default
@@ -272,9 +266,7 @@ def test_adapters_go_to_their_prompts() -> None:
 
 def test_a_plain_reply_is_the_text_alone() -> None:
     assert result(said("a ", "é"), {"inputs": "hi"}) == {"generated_text": "a é"}
-    assert result(said("a"), {"inputs": "hi", "parameters": {"return_full_text": True}}) == {
-        "generated_text": "hia"
-    }
+    assert result(said("a"), {"inputs": "hi", "parameters": {"return_full_text": True}}) == {"generated_text": "hia"}
     assert result(said("a"), {"inputs": ["hi"]}) == [{"generated_text": "a"}]
     assert result(said("a"), b"what is \xc3\xa9?", content_type="text/plain") == {"generated_text": "a"}
 

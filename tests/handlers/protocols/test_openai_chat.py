@@ -209,9 +209,7 @@ def test_defaults_are_the_models_then_openais() -> None:
     assert read(chat()).sampling == RequestSampling()
     assert read(chat()).sampling.max_tokens is None
     defaults = {"temperature": 0.2, "top_k": 50, "unknown": 1}
-    assert read(chat(top_k=3, temperature=None), **defaults).sampling == RequestSampling(
-        temperature=0.2, top_k=3
-    )
+    assert read(chat(top_k=3, temperature=None), **defaults).sampling == RequestSampling(temperature=0.2, top_k=3)
     assert read(chat(stop="x")).sampling.stop == ("x",)
     assert read(chat(logprobs=True)).sampling.logprobs == 0
     assert read(chat(logprobs=False, top_logprobs=0)).sampling.logprobs is None
@@ -294,9 +292,7 @@ def test_types_are_told_as_json_has_them() -> None:
         chat(stream_options={"include_usage": "yes"}), chat(functions=5), chat(structured_outputs={"json": 5}),
     ):  # fmt: skip
         told = refused(body).message
-        assert not re.search(
-            r"NoneType|\b(dict|str|int|float|bool|None|True|False|tuple|msgspec)\b|\[\'", told
-        ), told
+        assert not re.search(r"NoneType|\b(dict|str|int|float|bool|None|True|False|tuple|msgspec)\b|\[\'", told), told
     assert refused(chat(temperature="hot")).message == "temperature: expected `number | null`, got `string`"
 
 
@@ -326,9 +322,7 @@ def test_harmless_and_unknown_fields_are_accepted() -> None:
 
 
 def test_template_switches_reach_the_prompt() -> None:
-    asked = prompt(
-        chat(chat_template_kwargs={"thinking": False}, reasoning_effort="low", documents=[{"text": "t"}])
-    )
+    asked = prompt(chat(chat_template_kwargs={"thinking": False}, reasoning_effort="low", documents=[{"text": "t"}]))
     assert asked.template_kwargs == {
         "thinking": False,
         "reasoning_effort": "low",
@@ -465,9 +459,7 @@ def test_a_bad_value_is_named_with_its_path(body: dict[str, Any], path: str) -> 
     assert len(error.message) < 300
 
 
-@pytest.mark.parametrize(
-    "part", [{"type": "image", "image": CAT}, {"type": "image", "source": {"data": "AA"}}]
-)
+@pytest.mark.parametrize("part", [{"type": "image", "image": CAT}, {"type": "image", "source": {"data": "AA"}}])
 def test_an_image_in_the_shape_of_another_api_is_told_the_one_that_is_read(part: dict[str, Any]) -> None:
     assert '{"type": "image_url", "image_url": {"url": "..."}}' in refused(user(part)).message
 
@@ -621,9 +613,7 @@ def test_usage_comes_last_or_with_every_chunk_when_asked_for() -> None:
     assert [chunk.usage is not None for chunk in found] == [False, False, True]
     assert found[-1].usage is not None
     assert found[-1].usage.completion_tokens == 2
-    found = chunks(
-        said("a", "b"), chat(stream_options={"include_usage": True, "continuous_usage_stats": True})
-    )
+    found = chunks(said("a", "b"), chat(stream_options={"include_usage": True, "continuous_usage_stats": True}))
     assert [chunk.usage and chunk.usage.completion_tokens for chunk in found] == [1, 2, 2]
 
 
@@ -647,9 +637,7 @@ def test_logprobs_whole_and_streamed() -> None:
 
 def test_pieces_of_characters_have_no_bytes() -> None:
     chosen = token(1, "\ufffd", -1.5)
-    steps: list[Step] = [
-        Delta(0, [1], "x", [PositionLogprobs(chosen, (chosen, token(2, "b", -2.5)))], "stop")
-    ]
+    steps: list[Step] = [Delta(0, [1], "x", [PositionLogprobs(chosen, (chosen, token(2, "b", -2.5)))], "stop")]
     logprobs = completion(steps, chat(logprobs=True, top_logprobs=5)).choices[0].logprobs
     assert logprobs is not None
     assert logprobs.content is not None
@@ -702,9 +690,7 @@ def test_the_openai_client_raises_a_stream_error() -> None:
         lambda _: httpx.Response(200, headers={"content-type": "text/event-stream"}, content=data)
     )
     client = openai.OpenAI(base_url="http://x/v1", api_key="x", http_client=httpx.Client(transport=transport))
-    stream = client.chat.completions.create(
-        model="m", messages=[{"role": "user", "content": "hi"}], stream=True
-    )
+    stream = client.chat.completions.create(model="m", messages=[{"role": "user", "content": "hi"}], stream=True)
     with pytest.raises(openai.APIError, match="boom"):
         list(stream)
 

@@ -152,21 +152,15 @@ def test_every_field_reaches_the_engine() -> None:
 def test_null_means_absent_and_unknown_fields_are_dropped() -> None:
     names = set(read_completion.__globals__["CompletionBody"].__struct_fields__) - {"prompt", "max_tokens"}
     assert only({"prompt": "a", **dict.fromkeys(names)}).sampling == RequestSampling(max_tokens=16)
-    only(
-        {"prompt": "a", "user": "u", "return_full_text": True, "best_of": 1, "wait_for_model": True, "x": {}}
-    )
+    only({"prompt": "a", "user": "u", "return_full_text": True, "best_of": 1, "wait_for_model": True, "x": {}})
 
 
 def test_answers_can_be_constrained() -> None:
-    assert only({"prompt": "a", "guided_regex": "[ab]"}).constraint == Constraint(
-        "regex", "[ab]", "guided_regex"
-    )
+    assert only({"prompt": "a", "guided_regex": "[ab]"}).constraint == Constraint("regex", "[ab]", "guided_regex")
     body = {"prompt": "a", "response_format": {"type": "json_object"}}
     assert only(body).constraint == Constraint("json_object", None, "response_format")
     body = {"prompt": ["a", "b"], "structured_outputs": {"choice": ["x"]}}
-    assert [r.constraint for r in read(body).requests] == [
-        Constraint("choice", '["x"]', "structured_outputs")
-    ] * 2
+    assert [r.constraint for r in read(body).requests] == [Constraint("choice", '["x"]', "structured_outputs")] * 2
 
 
 @pytest.mark.parametrize(
@@ -216,9 +210,7 @@ def test_the_prompt_of_a_route_of_its_own_is_missed_by_name() -> None:
 
 def test_a_whole_number_may_be_written_with_a_point() -> None:
     """As JSON does not tell them apart, and clients in Java write all their numbers so."""
-    request = only(
-        {"prompt": [[1.0, 2.0]], "max_tokens": 5.0, "seed": -3.0, "logit_bias": {"7": 1}, "n": 2.0}
-    )
+    request = only({"prompt": [[1.0, 2.0]], "max_tokens": 5.0, "seed": -3.0, "logit_bias": {"7": 1}, "n": 2.0})
     assert (parts(request).token_ids, request.sampling.max_tokens, request.n) == ([1, 2], 5, 2)
     with pytest.raises(InvalidRequest, match="max_tokens: expected"):
         read({"prompt": "a", "max_tokens": 5.5, "n": 2.0})
@@ -373,11 +365,7 @@ def spoken(*texts: str) -> list[Step]:
 def test_logprobs_are_four_lists() -> None:
     for stream in (False, True):
         body = {"prompt": "a", "logprobs": 2}
-        found = (
-            chunks(spoken("He", "y", " you"), body)
-            if stream
-            else [completion(spoken("He", "y", " you"), body)]
-        )
+        found = chunks(spoken("He", "y", " you"), body) if stream else [completion(spoken("He", "y", " you"), body)]
         lists: dict[str, list[Any]] = {
             "tokens": [],
             "token_logprobs": [],
@@ -423,9 +411,7 @@ def test_tokens_can_be_shown_as_ids() -> None:
 
 def seen() -> PromptStats:
     asked = [None, position("at", 8, -1.0)]
-    return PromptStats(
-        2, prompt_token_ids=[7, 8], prompt_text="cat", prompt_logprobs=asked, first_token_text="c"
-    )
+    return PromptStats(2, prompt_token_ids=[7, 8], prompt_text="cat", prompt_logprobs=asked, first_token_text="c")
 
 
 def test_echo_shows_the_prompt_and_its_tokens() -> None:
@@ -514,9 +500,7 @@ SAMPLERS: dict[str, Any] = {
 
 def test_aphrodites_samplers_have_their_names_in_both_bodies() -> None:
     expected = {name: tuple(v) if isinstance(v, list) else v for name, v in SAMPLERS.items()}
-    chat = read_chat(
-        {"messages": [{"role": "user", "content": "a"}], **SAMPLERS}, ServerContext("m"), incoming({})
-    )
+    chat = read_chat({"messages": [{"role": "user", "content": "a"}], **SAMPLERS}, ServerContext("m"), incoming({}))
     for request in (only({"prompt": "a", **SAMPLERS}), *chat.requests):
         assert {name: getattr(request.sampling, name) for name in SAMPLERS} == expected
     assert only({"prompt": "a", "dry_penalty_last_n": 9}).sampling.dry_range == 9

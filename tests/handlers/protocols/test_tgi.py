@@ -383,9 +383,7 @@ def test_silence_is_filled_with_an_empty_comment() -> None:
 
 
 def test_an_error_after_the_first_token_is_an_event() -> None:
-    reply = answer(
-        {"inputs": "x"}, [*said("a", reason=None), EngineFailed("the engine died")], "/generate_stream"
-    )
+    reply = answer({"inputs": "x"}, [*said("a", reason=None), EngineFailed("the engine died")], "/generate_stream")
     assert reply.status == 200
     *_, last = reply.body.split(b"\n\n")[:-1]
     assert json.loads(last.removeprefix(b"data: ")) == {
@@ -430,9 +428,7 @@ def test_an_error_before_the_first_token_has_a_status(
 def test_overload_and_time() -> None:
     async def crowd() -> list[Reply]:
         server = service(ScriptedBackend(said("a", pause=0.2)), job_queue_size=1, max_rolling_batch_size=1)
-        return list(
-            await asyncio.gather(*(server.answer(incoming({"inputs": "x"}, "/generate")) for _ in range(3)))
-        )
+        return list(await asyncio.gather(*(server.answer(incoming({"inputs": "x"}, "/generate")) for _ in range(3))))
 
     *_, refused = asyncio.run(crowd())
     assert (refused.status, json.loads(refused.body)) == (
@@ -652,10 +648,7 @@ def test_the_best_of_two_draws(server: LiveServer) -> None:
     parameters = {"best_of": 2, "do_sample": True, "temperature": 2.0, "details": True, "max_new_tokens": 8}
     reply = server.http.post("/generate", json={"inputs": prompt("red"), "parameters": parameters}).json()
     (other,) = reply["details"]["best_of_sequences"]
-    means = [
-        sum(one["logprob"] for one in each["tokens"]) / len(each["tokens"])
-        for each in (reply["details"], other)
-    ]
+    means = [sum(one["logprob"] for one in each["tokens"]) / len(each["tokens"]) for each in (reply["details"], other)]
     assert means[0] >= means[1]
     assert other["seed"] != reply["details"]["seed"]
 
@@ -694,9 +687,7 @@ def test_lengths_in_tgis_words(server: LiveServer) -> None:
             "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 4096. Given: "
         )
     reply = server.http.post("/generate", json={"inputs": "? " * 5000})
-    assert reply.json()["error"].startswith(
-        "Input validation error: `inputs` must have less than 4095 tokens"
-    )
+    assert reply.json()["error"].startswith("Input validation error: `inputs` must have less than 4095 tokens")
 
 
 def test_more_than_1024_tokens_come_in_one_go(server: LiveServer) -> None:

@@ -231,9 +231,7 @@ class Slow(ScriptedBackend):
 def counted(bodies: list[Any], backend: ScriptedBackend, **options: Any) -> list[Reply]:
     async def ask_all() -> list[Reply]:
         server = service(backend, ScriptedImages(), **options)
-        replies = await asyncio.gather(
-            *(server.call("tokenize", incoming(body, "/tokenize")) for body in bodies)
-        )
+        replies = await asyncio.gather(*(server.call("tokenize", incoming(body, "/tokenize")) for body in bodies))
         assert server.in_flight == 0
         for reply in replies:
             reply.body = await everything(reply)

@@ -119,9 +119,7 @@ def test_a_functions_own_keys_reach_the_template_and_only_near_misses_are_refuse
     assert isinstance(request.prompt, ChatPrompt)
     assert request.prompt.tools == [offered]
     for key in ("paramters", "params", "Parameters", "inputSchema", "input_schema", "descripton", "argument"):
-        with pytest.raises(
-            InvalidRequest, match=rf"tools\[0\]\.function has the key '{key}'; did you mean"
-        ) as caught:
+        with pytest.raises(InvalidRequest, match=rf"tools\[0\]\.function has the key '{key}'; did you mean") as caught:
             read(chat(tools=[tool("f", **{key: {}})]))
         assert caught.value.param == "tools[0].function"
 
@@ -149,9 +147,7 @@ def test_the_template_gets_the_tools_unless_none_is_to_be_called() -> None:
     assert given(tools=strict) == strict
     assert given(tools=TOOLS, tool_choice="none") is None
     assert given(tools=[], tool_choice="auto") is None
-    assert given(tools=[{"function": {"name": "f", "arguments": DRAW, "description": None}}]) == [
-        tool("f", DRAW)
-    ]
+    assert given(tools=[{"function": {"name": "f", "arguments": DRAW, "description": None}}]) == [tool("f", DRAW)]
     assert given(functions=[{"name": "f"}], function_call="auto") == [tool("f")]
 
 
@@ -199,9 +195,7 @@ def test_forced_calls_have_a_schema_whose_references_still_lead_to_their_definit
 def test_earlier_reasoning_reaches_the_template_under_both_names(name: str) -> None:
     earlier = {"role": "assistant", "content": "Hi.", name: "Hm."}
     prompt = read({"messages": [earlier, {"role": "user", "content": "And?"}]}).prompt
-    template = (
-        "{% for m in messages %}<{{ m.reasoning }}|{{ m.reasoning_content }}>{{ m.content }}{% endfor %}"
-    )
+    template = "{% for m in messages %}<{{ m.reasoning }}|{{ m.reasoning_content }}>{{ m.content }}{% endfor %}"
     text = PromptRenderer(make_tokenizer(), template).render(prompt).text
     assert text == "<Hm.|Hm.>Hi.<|>And?"
 
@@ -378,9 +372,7 @@ def test_every_token_has_its_logprob_whatever_the_deltas_show() -> None:
     text = f"Hm {CALL} ok"
     found = events(letters(text), tools=TOOLS, logprobs=True)
     streamed = [
-        entry["token"]
-        for event in found
-        for entry in (event["choices"][0]["logprobs"] or {"content": []})["content"]
+        entry["token"] for event in found for entry in (event["choices"][0]["logprobs"] or {"content": []})["content"]
     ]
     assert streamed == list(text)
     (choice,) = whole(letters(text), tools=TOOLS, logprobs=True).choices
@@ -445,9 +437,7 @@ def test_the_openai_client_adds_the_stream_up(scripted: openai.OpenAI) -> None:
     with scripted.chat.completions.stream(
         model="m", messages=[{"role": "user", "content": order}], tools=TOOLS  # type: ignore[arg-type]
     ) as stream:  # fmt: skip
-        seen = [
-            event.arguments_delta for event in stream if event.type == "tool_calls.function.arguments.delta"
-        ]
+        seen = [event.arguments_delta for event in stream if event.type == "tool_calls.function.arguments.delta"]
         (choice,) = stream.get_final_completion().choices
     assert len(seen) > 20, "the arguments come piece by piece"
     assert choice.finish_reason == "tool_calls"
@@ -507,9 +497,7 @@ def test_forced_calls_parse_and_match_their_schema(
             assert one["message"]["content"] is None
 
 
-def test_a_forced_call_streams_and_says_when_it_is_cut_short(
-    shapes: LiveServer, terse: dict[str, Any]
-) -> None:
+def test_a_forced_call_streams_and_says_when_it_is_cut_short(shapes: LiveServer, terse: dict[str, Any]) -> None:
     client = openai.OpenAI(base_url=f"{shapes.url}/v1", api_key="unused", max_retries=0)
     body: dict[str, Any] = {
         "model": "shapes",
@@ -521,9 +509,7 @@ def test_a_forced_call_streams_and_says_when_it_is_cut_short(
     }
     forced = {"type": "function", "function": {"name": "draw"}}
     for most, choice in ((300, "required"), (6, forced)):
-        stream = client.chat.completions.create(
-            **body, tool_choice=choice, parallel_tool_calls=False, max_tokens=most
-        )
+        stream = client.chat.completions.create(**body, tool_choice=choice, parallel_tool_calls=False, max_tokens=most)
         message, reason = added_up([chunk.to_dict() for chunk in stream])
         (call,) = message["tool_calls"]
         if choice == forced:

@@ -84,9 +84,7 @@ def said(constraint: Constraint, text: str) -> bool:
         (Constraint("grammar", 'start[capture]: "a"'), "a", "b"),
     ],
 )
-def test_vllm_reads_a_constraint_as_the_embedded_engine_does(
-    constraint: Constraint, good: str, bad: str
-) -> None:
+def test_vllm_reads_a_constraint_as_the_embedded_engine_does(constraint: Constraint, good: str, bad: str) -> None:
     found = checked(constraint)
     assert said(found, good)
     assert not said(found, bad)

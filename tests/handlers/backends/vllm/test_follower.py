@@ -22,7 +22,5 @@ def test_they_take_steps_of_the_first_machines_size(monkeypatch: pytest.MonkeyPa
 
     vllm = SimpleNamespace(AsyncEngineArgs=Arguments, server_context="a server")
     monkeypatch.setattr(compat, "load", lambda: vllm)
-    monkeypatch.setattr(
-        compat, "multiproc_executor", lambda: lambda config, monitor_workers: (config, monitor_workers)
-    )
+    monkeypatch.setattr(compat, "multiproc_executor", lambda: lambda config, monitor_workers: (config, monitor_workers))
     assert follower._joined({"nnodes": 2}) == (({"nnodes": 2}, "a server", True), False)

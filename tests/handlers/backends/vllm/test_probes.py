@@ -48,9 +48,7 @@ class Engine:
         fails: bool = False,
     ) -> None:
         self.errored = False
-        self.model_config = SimpleNamespace(
-            max_logprobs=max_logprobs, return_sampling_mask=return_sampling_mask
-        )
+        self.model_config = SimpleNamespace(max_logprobs=max_logprobs, return_sampling_mask=return_sampling_mask)
         self.vllm_config = SimpleNamespace(
             parallel_config=SimpleNamespace(data_parallel_size=1),
             cache_config=SimpleNamespace(kv_sharing_fast_prefill=kv_sharing_fast_prefill),

@@ -80,9 +80,7 @@ def alive(process: psutil.Process) -> bool:
 
 
 def test_all_generations_are_found_parents_first(tree: Tree) -> None:
-    assert [process.pid for process in ProcessTree([tree.top.pid]).members] == [
-        process.pid for process in tree.all
-    ]
+    assert [process.pid for process in ProcessTree([tree.top.pid]).members] == [process.pid for process in tree.all]
 
 
 def test_a_stopped_grandchild_is_killed_though_its_parents_have_gone(tree: Tree) -> None:
@@ -97,9 +95,7 @@ def test_a_stopped_grandchild_is_killed_though_its_parents_have_gone(tree: Tree)
 
 
 def test_what_was_started_since_is_killed_too() -> None:
-    top = subprocess.Popen(
-        ["/bin/sh", "-c", "read go; sleep 60 & echo $!; wait"], stdin=-1, stdout=-1, text=True
-    )
+    top = subprocess.Popen(["/bin/sh", "-c", "read go; sleep 60 & echo $!; wait"], stdin=-1, stdout=-1, text=True)
     assert top.stdin is not None
     assert top.stdout is not None
     family = ProcessTree([top.pid])
@@ -115,9 +111,7 @@ def test_what_was_started_since_is_killed_too() -> None:
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_the_death_of_an_engine_or_of_a_worker_is_seen_also_while_nobody_reaps_it(
-    tree: Tree, number: int
-) -> None:
+def test_the_death_of_an_engine_or_of_a_worker_is_seen_also_while_nobody_reaps_it(tree: Tree, number: int) -> None:
     family = ProcessTree([tree.top.pid])
     assert family.dead is None
     tree.all[number].kill()

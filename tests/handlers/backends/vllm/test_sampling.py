@@ -23,9 +23,7 @@ class TestPromptLogprobs:
             ({}, 2**20, 128),
         ],
     )
-    def test_as_many_as_take_little_time_are_made(
-        self, params: dict[str, Any], tokens: int, answers: int
-    ) -> None:
+    def test_as_many_as_take_little_time_are_made(self, params: dict[str, Any], tokens: int, answers: int) -> None:
         check_prompt_logprobs(RequestSampling(**params), tokens, answers)
         if params:
             with pytest.raises(InvalidRequest, match=r"^prompt_logprobs is .*; allowed: \d+ probabilities"):

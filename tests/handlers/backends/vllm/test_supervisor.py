@@ -31,9 +31,7 @@ class ScriptedEngine:
         self.output_processor = SimpleNamespace(propagate_error=self.told.append)
         self.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=replicas))
         manager = SimpleNamespace(processes=processes or [])
-        self.engine_core = SimpleNamespace(
-            resources=SimpleNamespace(engine_manager=manager, coordinator=None)
-        )
+        self.engine_core = SimpleNamespace(resources=SimpleNamespace(engine_manager=manager, coordinator=None))
         self.output_handler = None
 
     def shutdown(self, timeout: float | None = None) -> None:
@@ -225,9 +223,7 @@ def test_an_answered_request_forgives_earlier_failures() -> None:
         for number in range(4):
             house.supervisor.answered = True
             house.built[number].errored = True
-            await until(
-                lambda number=number: len(house.built) == number + 2 and house.supervisor.health().ready
-            )
+            await until(lambda number=number: len(house.built) == number + 2 and house.supervisor.health().ready)
         assert not house.supervisor.given_up
         house.built[4].errored = True
         await until(lambda: house.supervisor.given_up)
