@@ -32,8 +32,8 @@ from handlers.backends.vllm.sampling import (
     to_vllm,
 )
 from handlers.errors import InvalidRequest
-from handlers.pipeline import DRY_BREAKERS, tokenise_words
 from handlers.request import RequestSampling
+from handlers.request_checks import DRY_BREAKERS, tokenise_words
 from tests.support.engine_driver import EOS as MODELS_EOS
 from tests.support.engine_driver import load_engine, run_all
 from tests.support.models import make_llava, make_tokenizer
