@@ -87,7 +87,7 @@ class Sampler:
             tokens[rows] = best(logits[rows])
         if edited:
             rows = self._index(edited)
-            tokens[rows] = best(self._edit(_select(logits, rows), [states[r] for r in edited]))
+            tokens[rows] = best(self.edit(_select(logits, rows), [states[r] for r in edited]))
         if drawn:
             rows = self._index(drawn)
             tokens[rows] = self._draw(_select(logits, rows), [states[r] for r in drawn])
@@ -96,7 +96,7 @@ class Sampler:
             tokens[rows] = self._draw_warped(_select(logits, rows), [states[r] for r in warped])
         return tokens
 
-    def _edit(self, logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    def edit(self, logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
         """Float32 scores [S, V] after penalties, bias and masks; `logits` itself if there are none."""
         dry, repetition, penalties, bias, mask = (
             LogitsEdits(),
@@ -154,7 +154,7 @@ class Sampler:
         parameters = self._send(torch.tensor(host, dtype=torch.float64))
         temperature, top_k, top_p, min_p, typical_p, uniform = parameters.unsqueeze(-1).unbind(1)
         top_k = torch.where(top_k > 0, top_k, self._vocab_size).clamp_max(self._vocab_size)
-        mass = masses(self._edit(logits, states), temperature)
+        mass = masses(self.edit(logits, states), temperature)
         cut = [row for row, (_, k, p, least, _, _) in enumerate(host) if k > 0 or p < 1.0 or least > 0.0]
         if cut:
             rows = self._index(cut)
@@ -172,7 +172,7 @@ class Sampler:
         warpings = [state.warping for state in states if state.warping is not None]
         host = [(*w.values(len(s.output_token_ids)), s.uniform) for w, s in zip(warpings, states, strict=True)]
         parameters = self._send(torch.tensor(host, dtype=torch.float64))
-        mass = warp(self._edit(logits, states), warpings, parameters[:, :-1])
+        mass = warp(self.edit(logits, states), warpings, parameters[:, :-1])
         tokens = pick(mass, parameters[:, -1:])
         if any(warping.mirostat for warping in warpings):
             for warping, surprise in zip(warpings, surprises(mass, tokens).tolist(), strict=True):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.engine import Engine
+from engine.engine import ENCODE_PER_STEP, Engine
 from engine.errors import EngineError
 from engine.messages import Add, Logprobs
 from engine.sampling_params import SamplingParams
@@ -384,14 +384,12 @@ def test_the_encoder_cache_keeps_to_its_budget(path: Path, oracle: Oracle) -> No
         assert engine.runner.encoder_cache.used_bytes <= 2 * one_image
 
 
-def test_more_images_in_a_chunk_than_a_step_encodes_are_no_dead_end(
-    path: Path, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_images_in_a_chunk_than_a_step_encodes_are_no_dead_end(tmp_path: Path, oracle: Oracle) -> None:
     """With no room in the cache, images encoded in one step would be forgotten before the next."""
-    monkeypatch.setattr("engine.engine.ENCODE_PER_STEP", 2)
-    prompt = Prompt([random_image(0), random_image(1), random_image(2), 1, 2])
+    prompt = Prompt([*map(random_image, range(ENCODE_PER_STEP + 1)), 1, 2])
     add = prompt.add(oracle.preprocessor, greedy(max_tokens=4))
-    engine = load_engine(path, encoder_cache_bytes=0)
+    longer = make_llava(tmp_path, max_position_embeddings=1024)
+    engine = load_engine(longer, encoder_cache_bytes=0)
     results = run_all(engine, [add, text(1, 2, 3)], max_steps=100)
     assert results[0].token_ids == oracle.generate(prompt, 4)
 
