@@ -17,6 +17,7 @@ from properties.names import KEYS, OPTIONS, PREFIX, key_of, nearest
 from properties.problem import DEFAULT, MASK, Report, Source, assigned
 from properties.settings import Settings
 from properties.sources import RawValue
+from properties.vllm_arguments import VLLM_ABSENT, VLLM_ARGUMENTS
 
 
 @dataclass(frozen=True)
@@ -203,15 +204,18 @@ def _bad_value(name: str, item: RawValue, detail: str) -> str:
 def _report_unknown(unknown: Sequence[RawValue], result: Resolution, backend_options: Collection[str]) -> None:
     """Report each as a warning, or as a problem with strict_options. The value is not shown: it may be a secret."""
     for item in unknown:
-        if not (item.key.startswith(PREFIX) and item.key.removeprefix(PREFIX) in backend_options):
-            known = nearest(item.key, item.level, backend_options)
+        name = item.key.removeprefix(PREFIX) if item.key.startswith(PREFIX) else None
+        if name not in backend_options:
             alone = item.level in (Level.ENVIRONMENT, Level.CONTAINER)
             written = item.location if alone else f"{item.key} ({item.location})"
-            meant = f"; did you mean {known}?" if known else ""
+            if name in VLLM_ARGUMENTS and not backend_options:
+                reason = f"an option of {VLLM_ABSENT}"
+            else:
+                known = nearest(item.key, item.level, backend_options)
+                reason = f"no such option; did you mean {known}?" if known else "no such option"
             report = result.problem if result.settings.strict_options else result.warn
-            report(f"{written}: no such option{meant}")
-        if item.key.startswith(PREFIX):
-            name = item.key.removeprefix(PREFIX)
+            report(f"{written}: {reason}")
+        if name is not None:
             before = result.extra.get(name)
             if before is None or item.level < before.source.level:
                 result.extra[name] = Sourced(item.raw.strip(), Source(item.level, item.location, item.raw))
