@@ -28,11 +28,13 @@ class Progress:
         what: The name of the phase, which may be "" where it needs none.
         done: Bytes so far.
         total: Bytes at the end; 0 in a phase that has none, or where they are not known.
+        parts: What loads at the same time, by name; the first of them is reported instead.
     """
 
     def __init__(self) -> None:
         self.what = ""
         self.done = self.total = 0
+        self.parts: list[tuple[str, Progress]] = []
         self._began = 0.0
 
     def begin(self, what: str, total: int = 0, ago: float = 0.0) -> None:
@@ -49,6 +51,8 @@ class Progress:
 
     def __str__(self) -> str:
         """Return a part of a sentence, or "" where nothing is known."""
+        for name, first in self.parts[:1]:
+            return f"{name}: {first}" if str(first) else ""
         seconds = max(1e-9, time.monotonic() - self._began)
         total = self.total  # another thread may begin the next phase now
         if not total:
@@ -63,6 +67,8 @@ class Progress:
     @property
     def bar(self) -> str:
         """A bar and a blank for a terminal, or "" in a phase without bytes."""
+        for _, first in self.parts[:1]:
+            return first.bar
         total = self.total
         filled = total and BAR_COLUMNS * min(self.done, total) // total
         return f"[{'#' * filled}{'.' * (BAR_COLUMNS - filled)}] " if total else ""
@@ -74,6 +80,19 @@ _current: ContextVar[Progress] = ContextVar("progress")
 def current() -> Progress:
     """Return the progress of the load that the caller belongs to; nobody looks at it outside of `shown`."""
     return _current.get(Progress())
+
+
+@contextmanager
+def part(name: str) -> Iterator[None]:
+    """Report what is loaded within the context as one of several parts of the current load, which run at once."""
+    whole, own = current(), (name, Progress())
+    whole.parts.append(own)
+    token = _current.set(own[1])
+    try:
+        yield
+    finally:
+        _current.reset(token)
+        whole.parts.remove(own)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from engine.config import EngineConfig
 from engine.errors import EngineDead, EngineStopped, ModelLoadError, RequestRejected
 from engine.messages import Add
 from engine.sampling_params import SamplingParams
+from handlers import progress
 from handlers.backends.rolling.engine_client import EngineClient, EngineProcess, OutputStream
 from handlers.backends.rolling.replicas import EngineGroup
 from tests.support.engine_driver import EOS, Oracle, Prompt, random_image
@@ -334,6 +335,20 @@ def test_an_orderly_stop_is_told_apart_from_a_crash(one_rank: Kept) -> None:
             await stream.get()
 
     runner.run(scenario())
+
+
+def test_of_replicas_that_load_at_once_one_is_told_after_the_other(llava: Path) -> None:
+    told: list[str] = []
+
+    async def start() -> None:
+        with progress.shown(lambda loading: told.append(str(loading)), 0.001):
+            async with running_group([config(llava)] * 3):
+                pass
+
+    asyncio.run(start())
+    names = [text.partition(":")[0] for text in told if text.startswith("replica ")]
+    assert names
+    assert names == sorted(names)
 
 
 def test_two_replicas_share_the_load_and_remember_who_saw_what(llava: Path) -> None:

@@ -50,6 +50,34 @@ def test_a_load_reports_to_whom_it_belongs_and_only_while_it_lasts() -> None:
     assert progress.current() is not loading
 
 
+def test_of_parts_that_load_at_once_the_first_is_named_until_it_has_ended() -> None:
+    async def load(name: str, told: list[str], ends: asyncio.Event, whole: Progress) -> None:
+        with progress.part(name):
+            progress.current().begin("weights", 100 << 20)
+            told.append(str(whole))
+            await ends.wait()
+
+    async def both(whole: Progress) -> list[str]:
+        told: list[str] = []
+        first_ends, second_ends = asyncio.Event(), asyncio.Event()
+        first = asyncio.create_task(load("replica 1", told, first_ends, whole))
+        second = asyncio.create_task(load("replica 2", told, second_ends, whole))
+        await asyncio.sleep(0)
+        assert whole.bar == "[................] "
+        first_ends.set()
+        await first
+        told.append(str(whole))
+        second_ends.set()
+        await second
+        return told
+
+    with shown(lambda _: None, 60) as whole:
+        whole.begin("warming up")
+        told = [text.partition(" of")[0] for text in asyncio.run(both(whole))]
+    assert told == ["replica 1: weights 0.0 MiB"] * 2 + ["replica 2: weights 0.0 MiB"]
+    assert str(whole).startswith("warming up")
+
+
 def test_a_script_without_a_terminal_finds_it_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     logged = threading.Event()
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from engine.config import EngineConfig
 from engine.errors import EngineDead
 from engine.messages import Add, Ready, Stats
+from handlers import progress
 from handlers.backends.rolling.engine_client import STUCK_SECONDS, EngineClient, EngineProcess, OutputStream
 from processes.supervisor import Supervisor, why_down
 
@@ -123,6 +124,11 @@ class Replica:
     def stats(self) -> Stats:
         return self._past if self._client is None else _sum([self._past, self._client.stats])
 
+    async def start(self) -> None:
+        """Start it while others start, too. Raises what `EngineProcess.load` raises, and OSError."""
+        with progress.part(f"replica {self.number}"):
+            await self.supervisor.start()
+
     async def _start(self) -> EngineClient:
         client = await (await self._spare.take()).load(self._config, self._stuck_seconds)
         client.load_changed = self._load_changed
@@ -184,12 +190,12 @@ class EngineGroup:
             wait_for_all: Whether all must have started; else the others start in the background, and one that cannot
                 is given up.
         """
-        first, *others = (replica.supervisor for replica in self.replicas)
+        first, *others = self.replicas
         try:
-            await first.start()
+            await first.supervisor.start()
             if not wait_for_all:
                 for other in others:
-                    other.start_later()
+                    other.supervisor.start_later()
                 return
             results = await asyncio.gather(*(other.start() for other in others), return_exceptions=True)
             for result in results:
