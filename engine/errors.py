@@ -16,6 +16,10 @@ class ModelLoadError(EngineError):
     """The model cannot be loaded; the message says why and what to do."""
 
 
+class FaultyModel(ModelLoadError):
+    """The model's files are at fault: on any machine and with any options it cannot be loaded."""
+
+
 class EngineDead(EngineError):
     """The engine process has ended, and the requests that it held are lost."""
 

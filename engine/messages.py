@@ -179,9 +179,10 @@ class Loaded(msgspec.Struct, tag=True):
 
 
 class LoadFailed(msgspec.Struct, tag=True):
-    """The model cannot be loaded; the engine process ends."""
+    """The model cannot be loaded; the engine process ends. faulty: whether its files are at fault."""
 
     message: str
+    faulty: bool = False
 
 
 class Logprobs(msgspec.Struct, array_like=True):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from engine.config import EngineConfig
-from engine.errors import EngineError
+from engine.errors import EngineError, FaultyModel
 from engine.machine import device_name, keep_freed_memory, usable_cores
 from engine.messages import (
     Abort,
@@ -102,7 +102,7 @@ def serve(channel: Channel, config: EngineConfig) -> None:
         channel.send(Loaded())
         engine.warm_up()
     except EngineError as error:
-        channel.send(LoadFailed(str(error)))
+        channel.send(LoadFailed(str(error), isinstance(error, FaultyModel)))
         return
     runner = engine.runner
     channel.send(

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import ModelLoadError
+from engine.errors import FaultyModel, ModelLoadError
 
 if TYPE_CHECKING:
     import torch
@@ -123,20 +123,20 @@ def complete(loaded: tuple[PreTrainedModel, Mapping[str, Any]], unused: Sequence
     since they are computed.
 
     Raises:
-        ModelLoadError: Names the tensors that are missing, or one of another shape.
+        FaultyModel: Names the tensors that are missing, or one of another shape.
     """
     model, info = loaded
     wrong = sorted(info["mismatched_keys"])
     if wrong:
         name, stored, expected = wrong[0]
-        raise ModelLoadError(
+        raise FaultyModel(
             f"the model's weights do not fit its config.json: {name} is {list(stored)} in the files and should be "
             f"{list(expected)}{_and_more(len(wrong) - 1)}: fetch both from one place"
         )
     needed = {name for name, _ in model.named_parameters() if not any(part in name for part in unused)}
     missing = sorted(set(info["missing_keys"]) & needed)
     if missing:
-        raise ModelLoadError(
+        raise FaultyModel(
             f"the model's files lack {', '.join(missing[:_MOST_NAMED])}{_and_more(len(missing) - _MOST_NAMED)} "
             "(transformers' names): fetch the model again, or convert it with all of its weights"
         )
@@ -164,7 +164,7 @@ def mistral_state_dict(files: Sequence[Path], config: PretrainedConfig) -> dict[
     """Build a `state_dict` for transformers' `from_pretrained`; each tensor is read when it is accessed.
 
     Raises:
-        ModelLoadError: Names a tensor that does not belong to such a model.
+        FaultyModel: Names a tensor that does not belong to such a model.
     """
     from safetensors import safe_open
 
@@ -177,7 +177,7 @@ def mistral_state_dict(files: Sequence[Path], config: PretrainedConfig) -> dict[
         for name in tensors.keys():  # noqa: SIM118 - not a dict
             target = _renamed(name, in_llava=vision is not None)
             if target is None:
-                raise ModelLoadError(
+                raise FaultyModel(
                     f"{file.name} holds {name!r}, which is not a tensor of such a model in Mistral's format: serve the "
                     "model in the Hugging Face format"
                 )

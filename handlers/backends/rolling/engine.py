@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.errors import EngineDead, EngineError, EngineStopped, RequestRejected
+from engine.errors import EngineDead, EngineError, EngineStopped, FaultyModel, RequestRejected
 from engine.machine import usable_cores
 from engine.messages import Add, ImageInput, Output, TensorData
 from handlers.backends.adapters import AdapterStore
@@ -34,7 +34,7 @@ from handlers.backends.rolling.model_facts import ModelFacts, ModelQuestion, ask
 from handlers.backends.rolling.model_front import ModelFront
 from handlers.backends.rolling.plan import plan_engines, replicas_named, unused_devices
 from handlers.backends.rolling.replicas import SPARE_AFTER_SECONDS, EngineGroup
-from handlers.errors import EngineFailed, InvalidRequest, Unavailable, stopping
+from handlers.errors import EngineFailed, InvalidConfiguration, InvalidRequest, Unavailable, stopping
 from handlers.request import MediaPart
 
 if TYPE_CHECKING:
@@ -93,6 +93,8 @@ class RollingEngine:
             await group.start(wait_for_all=replicas_named(self._settings) or front.accelerators > 0)
         except BaseException as error:
             await engine.stop()
+            if isinstance(error, FaultyModel):
+                raise InvalidConfiguration(f"the model cannot be loaded: {error}") from error
             if isinstance(error, EngineError | OSError):
                 raise Unavailable(f"the model cannot be loaded: {error}") from error
             raise

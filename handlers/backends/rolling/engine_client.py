@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from engine.config import EngineConfig
-from engine.errors import EngineDead, EngineStopped, ModelLoadError, RequestRejected
+from engine.errors import EngineDead, EngineStopped, FaultyModel, ModelLoadError, RequestRejected
 from engine.messages import (
     Abort,
     Add,
@@ -165,7 +165,7 @@ class EngineProcess:
             if isinstance(first, Ready):
                 return EngineClient(self, first, stuck_seconds)
             if isinstance(first, LoadFailed):
-                raise ModelLoadError(first.message)
+                raise (FaultyModel if first.faulty else ModelLoadError)(first.message)
             raise EngineDead("the engine process ended while it was loading the model; its log lines say why")
         except BaseException:
             await self.stop()
