@@ -1,41 +1,24 @@
-"""The HTTP application: it finds the route of each request, checks its key, answers it, and logs it in one line.
-
-Clients append paths of their own to the address that they are given. A path built from an address that ends in `/v1`,
-`/invocations` or `/generate`, or with a slash too many, finds the route that the client means (`Router`).
-
-`Keys` decides who may call the server, and `Cors` which web pages may call it from a browser.
-"""
+"""The HTTP application: it finds the route of each request, checks its key, answers it, and logs it in one line."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
-import json
 import logging
-import re
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Mapping
 from functools import partial
 from urllib.parse import parse_qs
 
-from pydantic import SecretStr
-
+from container.access import Cors, Keys, Unauthorized
 from container.bodies import Bodies, Body, declared_size, has_body
 from container.exchange import Call, ClientGone, Exchange, Receive, Scope, Send, request_id
 from container.logs import LONG_BYTES, Refusals, log_answer, log_prompt
 from container.metrics import Metrics
+from container.models.model import no_such_model
 from container.models.models import REGISTRY
-from container.routes import ROUTES, ROUTES_OF_SEVERAL, LightReplies
+from container.router import ONE, SEVERAL, Match, MethodNotAllowed
+from container.routes import LightReplies
 from container.state import Answers, ServerState
-from handlers.errors import (
-    DeadlineExceeded,
-    InsufficientStorage,
-    NotFound,
-    ServingError,
-    Unavailable,
-    overloaded,
-)
+from handlers.errors import DeadlineExceeded, InsufficientStorage, ServingError, Unavailable, overloaded
 from handlers.protocols.base import JSON, Route
 from handlers.protocols.errors import client_error, error_reply, own_words_of
 from handlers.protocols.lmi.sagemaker import INVOKE_ROUTES, MOST_SECONDS, are_lines
@@ -50,107 +33,8 @@ _UNCACHED = {"cache-control": "no-cache, no-store, must-revalidate, private", "p
 _GRACE_SECONDS = 5.0
 """Extra time in which the handlers can report a timeout themselves."""
 
-METHODS = "GET, POST, OPTIONS"
-_PREFLIGHT_SECONDS = "86400"
-_HEADER_NAMES = re.compile(r"[\w!#$%&'*+.^`|~-]+(?:\s*,\s*[\w!#$%&'*+.^`|~-]+)*", re.ASCII)
-_MOST_HEADER_CHARACTERS = 2000
-"""Characters of all header names in one preflight request."""
-
 _DROPPED_BYTES = 64 * 1024
 """The most bytes of a refused request's body that are read and discarded to keep the connection."""
-
-
-class MethodNotAllowed(ServingError):
-    """The path has routes, but none for this method.
-
-    Attributes:
-        route: The first one of the path.
-        allowed: The methods of all of them.
-    """
-
-    status = 405
-    kind = "method_not_allowed"
-
-    def __init__(self, method: str, routes: tuple[Route, ...]) -> None:
-        self.allowed = tuple(one for route in routes for one in route.methods)
-        super().__init__(f"{method[:20]} is not allowed here; use {' or '.join(self.allowed)}")
-        self.route = routes[0]
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """A route, and the names of a model and of an adapter in the path; "" if there are none."""
-
-    route: Route
-    name: str = ""
-    adapter: str = ""
-
-
-class Unauthorized(ServingError):
-    """The request does not carry one of the server's keys."""
-
-    status = 401
-    kind = "authentication_failed"
-
-
-_NAMES = {"{name}": "(?P<name>.+)", "{adapter}": "(?P<adapter>[^/]+)"}
-_SLASHES = re.compile(r"//+")
-
-
-class Router:
-    """A table of routes, which finds the route of a request."""
-
-    def __init__(self, routes: Iterable[Route]) -> None:
-        self.routes = tuple(routes)
-        paths: dict[str, tuple[Route, ...]] = {}
-        for route in self.routes:
-            paths[route.path] = (*paths.get(route.path, ()), route)
-        self._appended = {route.path: route for route in self.routes if route.appended}
-        self._plain = {path: found for path, found in paths.items() if "{" not in path}
-        self._named = [(_pattern(path), found) for path, found in paths.items() if "{" in path]
-
-    def find(self, path: str, method: str) -> Match:
-        """Return the route of a request.
-
-        Raises:
-            NotFound: There is no route with this path.
-            MethodNotAllowed: The path has routes for other methods only.
-        """
-        found, names = self._at(_SLASHES.sub("/", path).rstrip("/") or "/")
-        if not found:
-            raise NotFound(
-                "no such route; POST /v1/chat/completions, /v1/completions, /invocations, /generate and / answer "
-                "requests; GET /openapi.json lists all routes"
-            )
-        for route in found:
-            if method in route.methods:
-                return Match(route, **names)
-        raise MethodNotAllowed(method, found)
-
-    def _at(self, path: str) -> tuple[tuple[Route, ...], dict[str, str]]:
-        for tail, route in self._appended.items():
-            if path.endswith(tail) and path != tail:
-                found, names = self._listed(path.removesuffix(tail))
-                return ((route,), names) if any(one.action == "answer" for one in found) else ((), {})
-        return self._listed(path)
-
-    def _listed(self, path: str) -> tuple[tuple[Route, ...], dict[str, str]]:
-        if path in self._plain:
-            return self._plain[path], {}
-        for pattern, routes in self._named:
-            if match := pattern.fullmatch(path):
-                return routes, match.groupdict()
-        return (), {}
-
-
-def _pattern(path: str) -> re.Pattern[str]:
-    for name, group in _NAMES.items():
-        path = path.replace(name, group)
-    return re.compile(path)
-
-
-ONE, SEVERAL = Router(ROUTES), Router(ROUTES_OF_SEVERAL)
-"""The routes of a server of one model, and those of a server of several."""
 
 
 class App:
@@ -300,10 +184,7 @@ class App:
             answering = self._answer(call, work(incoming))
             del content, incoming  # otherwise they would be held until the reply is sent
             await call.exchange.run(
-                answering,
-                self._headers(call),
-                longest=longest + _GRACE_SECONDS,
-                pause=settings.chunked_read_timeout,
+                answering, self._headers(call), longest=longest + _GRACE_SECONDS, pause=settings.chunked_read_timeout
             )
         finally:
             body.release()
@@ -339,7 +220,7 @@ class App:
         for name in (path, path.rpartition("/")[0]):
             if name in accepted:
                 return name
-        raise NotFound(f"Model or workflow not found: {path[:200]}")
+        raise no_such_model(path)
 
     async def _reply(self, call: Call, reply: Reply, close: bool = False) -> None:
         await call.exchange.send(reply, self._headers(call), close)
@@ -382,73 +263,3 @@ class App:
 def _is_long(headers: Mapping[str, str]) -> bool:
     """Whether the body is, or may be, too long to be discarded if the request is answered without it."""
     return "transfer-encoding" in headers or "expect" in headers or declared_size(headers) > _DROPPED_BYTES
-
-
-class Keys:
-    """The keys that the server accepts: one, or several as a JSON list of strings; with None no key is needed."""
-
-    def __init__(self, secret: SecretStr | None) -> None:
-        texts = [] if secret is None else _several(secret.get_secret_value())
-        self._digests = [_digest(text.encode()) for text in texts]
-
-    def admit(self, headers: Mapping[str, str]) -> bool:
-        """Whether a valid `Authorization: Bearer KEY` is present; every wrong key takes the same time.
-
-        Args:
-            headers: Decoded as latin-1, so that their bytes can be restored.
-        """
-        if not self._digests:
-            return True
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        sent = _digest(given.strip().encode("latin-1", "replace"))
-        found = False
-        for digest in self._digests:
-            found |= hmac.compare_digest(sent, digest)
-        return found and scheme.lower() == "bearer"
-
-
-def _several(text: str) -> list[str]:
-    try:
-        listed = json.loads(text)
-    except ValueError:
-        return [text]
-    if isinstance(listed, list) and listed and all(isinstance(key, str) and key for key in listed):
-        return listed
-    return [text]
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
-
-
-class Cors:
-    """The web pages that may call the server.
-
-    Origins are written as browsers send them, "https://app.example", or "*" for any page. Credentials that a browser
-    adds by itself are never allowed, so that no page can use another's key.
-    """
-
-    def __init__(self, origins: Sequence[str]) -> None:
-        self._any = "*" in origins
-        self._origins = frozenset(origins)
-
-    def headers(self, asked: Mapping[str, str]) -> dict[str, str]:
-        """The CORS headers of any reply. asked: the request's headers, names in lower case."""
-        if not self._origins:
-            return {}
-        origin = asked.get("origin")
-        shown = {} if self._any else {"vary": "origin"}
-        if origin is None or not (self._any or origin in self._origins):
-            return shown
-        allowed = "*" if self._any else origin
-        return {**shown, "access-control-allow-origin": allowed, "access-control-expose-headers": "*"}
-
-    def preflight(self, method: str, asked: Mapping[str, str]) -> dict[str, str] | None:
-        """The headers that answer a browser's preflight request; None for any other request."""
-        if method != "OPTIONS" or "access-control-request-method" not in asked or not self._origins:
-            return None
-        names = asked.get("access-control-request-headers", "")
-        found = {"access-control-allow-methods": METHODS, "access-control-max-age": _PREFLIGHT_SECONDS}
-        if len(names) <= _MOST_HEADER_CHARACTERS and _HEADER_NAMES.fullmatch(names):
-            found["access-control-allow-headers"] = names
-        return found

@@ -191,7 +191,7 @@ class Bodies:
 
 
 class Body:
-    """One request's body; call `release` when nobody holds its content any more. size: bytes of it that are held."""
+    """One request's body; call `release` when its content is no longer held. size: bytes of it that are held."""
 
     def __init__(self, bodies: Bodies, headers: Mapping[str, str], limit: int, longest: float) -> None:
         """limit: largest size in bytes. longest: seconds that reading may take."""

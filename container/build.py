@@ -79,7 +79,7 @@ def build_backend(configuration: Configuration, model_path: Path) -> Served:
         return Served.by(engine, lambda: Pipeline(engine, seconds), choice)
     logger.warning("%s of the model answers requests; no engine is started", own.file)
     backend = CustomBackend.from_configuration(configuration, model_path, own)
-    return Served(backend, partial(_custom_service, backend))
+    return Served(backend, lambda given, images, observer, formatters: CustomService(backend, given.settings, observer))
 
 
 def build_formatters(configuration: Configuration, model_path: Path) -> Formatters | None:
@@ -90,16 +90,6 @@ def build_formatters(configuration: Configuration, model_path: Path) -> Formatte
     logger.warning("formatters in %s of the model change requests or replies", own.file)
     processes = CustomBackend.from_configuration(configuration, model_path, own)
     return Formatters(processes, reads=own.reads, writes=own.writes)
-
-
-def _custom_service(
-    backend: CustomBackend,
-    configuration: Configuration,
-    images: ImageLoader,
-    observer: Observer,
-    formatters: Formatters | None,
-) -> Answers:
-    return CustomService(backend, configuration.settings, observer)
 
 
 def _service(

@@ -20,18 +20,7 @@ _NO_BREAK = "\N{NO-BREAK SPACE}"
 _ALIGNED = (32, 20)
 """The greatest widths of the columns of names and of values; longer texts exceed them."""
 _COLUMN = re.compile(r"(error|warning): |\S+ {2,}|instance | +")
-_ROWS = (
-    "model",
-    "files",
-    "address",
-    "backend",
-    "instance",
-    "handler",
-    "formats",
-    "memory",
-    "prompts",
-    "option",
-)
+_ROWS = ("model", "files", "address", "backend", "instance", "handler", "formats", "memory", "prompts", "option")
 """What lines of the report begin with."""
 _EMBEDDED = "vLLM is not installed here: this is what the embedded engine needs, also where vLLM would serve"
 

@@ -26,9 +26,7 @@ _FLAGS_HELP = (
 
 
 def main(
-    argv: Sequence[str] | None = None,
-    build: BackendBuilder | None = None,
-    defaults: Mapping[str, str] | None = None,
+    argv: Sequence[str] | None = None, build: BackendBuilder | None = None, defaults: Mapping[str, str] | None = None
 ) -> int:
     """Run the `lmi` command and return its exit status.
 
@@ -51,12 +49,7 @@ def main(
         for warning in flags.warnings:
             print(f"warning: {warning}", file=sys.stderr)
         return run_check(
-            arguments.model,
-            options,
-            arguments.json,
-            os.environ,
-            everything=arguments.all,
-            instances=arguments.instance,
+            arguments.model, options, arguments.json, os.environ, everything=arguments.all, instances=arguments.instance
         )
     from container.config import RUN_DEFAULTS, SERVE_DEFAULTS
 
@@ -121,10 +114,7 @@ def _bench(arguments: list[str]) -> int:
     try:
         from bench.sweep import main as bench
     except ModuleNotFoundError as error:
-        print(
-            f"lmi bench needs {str(error.name).partition('.')[0]}: pip install 'lmi-handler[bench]'",
-            file=sys.stderr,
-        )
+        print(f"lmi bench needs {str(error.name).partition('.')[0]}: pip install 'lmi-handler[bench]'", file=sys.stderr)
         return 1
     return bench(arguments)
 

@@ -37,7 +37,7 @@ class ClientGone(Exception):
 
 
 class Exchange:
-    """Sends the reply to one request, and cancels the work on it when nobody can receive it any more.
+    """Sends the reply to one request, and cancels the work on it when the client can no longer receive it.
 
     Attributes:
         status: The reply's status once it has begun, 0 before.

@@ -23,13 +23,7 @@ from properties.vllm_arguments import VLLM_ABSENT, VLLM_ARGUMENTS
 SHORT = {"-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-size", "-q": "--quantization"}
 
 _SEVERAL = frozenset(
-    {
-        "served_model_name",
-        "api_key",
-        "limit_mm_per_prompt",
-        "allowed_media_domains",
-        "image_fetch_allow_private",
-    }
+    {"served_model_name", "api_key", "limit_mm_per_prompt", "allowed_media_domains", "image_fetch_allow_private"}
 )
 
 

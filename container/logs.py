@@ -1,4 +1,4 @@
-"""The log on standard output, as text or JSON: one event a line, whatever clients send."""
+"""The log on standard output, as text or JSON: one event a line, even if clients send line breaks."""
 
 from __future__ import annotations
 
@@ -147,10 +147,7 @@ class _Queue(QueueHandler):
 
 @contextmanager
 def logging_to(
-    stream: TextIO | None = None,
-    form: LogFormat = "text",
-    level: LogLevel = "info",
-    model: str | None = None,
+    stream: TextIO | None = None, form: LogFormat = "text", level: LogLevel = "info", model: str | None = None
 ) -> Iterator[None]:
     """Write the whole program's log to a stream (standard output) while the context is open.
 
@@ -229,7 +226,7 @@ def log_prompt(request_id: str, body: bytes) -> None:
 
 
 def log_answer(request_id: str, reply: Reply) -> None:
-    """Log a reply's body; that of a stream when it ends."""
+    """Log a reply's body; a stream's body is logged when it ends."""
     if reply.chunks is None:
         _log_answer(request_id, reply.body)
     else:

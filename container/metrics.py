@@ -31,8 +31,8 @@ class Metrics(Observer):
 
     Attributes:
         bodies: Read at each export, once it is set.
-        connections: Likewise.
-        images: Likewise.
+        connections: The same.
+        images: The same.
         facts: The facts of finished requests by request id, until the request's log line has been written.
     """
 
@@ -65,9 +65,7 @@ class Metrics(Observer):
             "lmi_time_to_first_token_seconds", "From a request's arrival to its first token.", buckets=_TTFT
         )
         self._token_gap = histogram(
-            "lmi_inter_token_latency_seconds",
-            "Between two steps of one request that brought tokens.",
-            buckets=_GAP,
+            "lmi_inter_token_latency_seconds", "Between two steps of one request that brought tokens.", buckets=_GAP
         )
         self._duration = histogram(
             "lmi_request_duration_seconds", "From a request's arrival to its end.", buckets=_WHOLE
@@ -204,11 +202,7 @@ def _of_backend(stats: BackendStats) -> Iterator[Metric]:
     ):
         yield GaugeMetricFamily(name, meaning, value=value)
     yield from _counters(
-        (
-            "lmi_prefix_cache_queries",
-            "Prompt tokens looked up in the prefix cache.",
-            stats.prefix_cache_queries,
-        ),
+        ("lmi_prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_cache_queries),
         ("lmi_prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_cache_hits),
         (
             "lmi_encoder_cache_queries",

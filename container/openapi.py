@@ -31,10 +31,7 @@ _STATUSES = {
     503: "The model is not ready, or the server is stopping.",
     507: "No place is left for another adapter or model.",
 }
-_QUERY = {
-    "model_name": "The model, where the path names none.",
-    "adapter": "The adapter, where no header names one.",
-}
+_QUERY = {"model_name": "The model, where the path names none.", "adapter": "The adapter, where no header names one."}
 _HEADERS = {
     "x-request-id": "The request's id, for the log and the reply; a harmless token of at most 128 characters.",
     "X-Amzn-SageMaker-Inference-Id": "The same, as SageMaker sends it; it wins.",
@@ -60,10 +57,7 @@ def document(routes: Sequence[Route]) -> bytes:
         },
         "servers": [{"url": "/"}],
         "paths": paths,
-        "components": {
-            "schemas": _schemas(routes),
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-        },
+        "components": {"schemas": _schemas(routes), "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
     }
     return msgspec.json.encode(body) + b"\n"
 
@@ -87,10 +81,7 @@ def _operation(route: Route, method: str) -> dict[str, Any]:
         content: dict[str, Any] = {JSON: {"schema": _any_of(route.bodies)}}
         if route.plain_text:
             content["text/plain"] = {"schema": {"type": "string"}}
-        operation["requestBody"] = {
-            "required": route.action not in ("adapters", REGISTRY),
-            "content": content,
-        }
+        operation["requestBody"] = {"required": route.action not in ("adapters", REGISTRY), "content": content}
     return operation
 
 
@@ -118,10 +109,7 @@ def _responses(route: Route, method: str) -> dict[str, Any]:
     responses: dict[str, Any] = {"200": {"description": "As asked.", "content": content}}
     for code in sorted(set(codes)):
         shown = route.not_ready if code == 503 and route.not_ready else errors
-        responses[str(code)] = {
-            "description": _STATUSES[code],
-            "content": {JSON: {"schema": _any_of(shown)}},
-        }
+        responses[str(code)] = {"description": _STATUSES[code], "content": {JSON: {"schema": _any_of(shown)}}}
     if method == "HEAD":
         for response in responses.values():
             response.pop("content")

@@ -29,7 +29,7 @@ _MOST_IN_ONE_READ = 64
 """The most requests parsed from one read, since parsing blocks the event loop."""
 
 _PIPELINED_BYTES = 64 * 1024
-"""The most body bytes of a request that waits for an earlier reply: nobody reads or counts them yet."""
+"""The most body bytes of a request that waits for an earlier reply: they are neither read nor counted yet."""
 
 _FEW_CHUNKS = 4096
 _CHUNK_BYTES = 32

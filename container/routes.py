@@ -1,4 +1,4 @@
-"""The routes of every API and the server's own, and the replies that need no body: those of probes and of the page."""
+"""All routes, and the replies to requests without a body: probes, the page, metrics and lists."""
 
 from __future__ import annotations
 
@@ -46,12 +46,7 @@ ROUTES = (
     ),
     _own("/health", "health", "Whether the model can answer", **_HEALTH),
     _own(
-        "/",
-        "health",
-        "The page, or whether the model can answer",
-        template="/health",
-        texts=("text/html",),
-        **_HEALTH,
+        "/", "health", "The page, or whether the model can answer", template="/health", texts=("text/html",), **_HEALTH
     ),
     _own("/metrics", "metrics", "Metrics for Prometheus", open=True, texts=_METRICS),
     _own("/server/metrics", "metrics", "Metrics for Prometheus", template="/metrics", open=True, texts=_METRICS),
@@ -111,7 +106,7 @@ class LightReplies:
 
         Args:
             call: The request.
-            action: That of its route.
+            action: The action of its route.
             name: What the path names.
 
         Raises:

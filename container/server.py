@@ -11,24 +11,20 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import copy_context
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
-
-import uvicorn
 
 from container import page
 from container.app import App
 from container.build import Served, build_backend, build_formatters
 from container.config import configured, unreadable
+from container.http_server import HttpServer, address_of, bind
 from container.logs import logging_to, on_terminal
 from container.metrics import Metrics
 from container.models.models import Models
-from container.protocol import HEAD_SECONDS, Connections, Protocol, raise_descriptor_limit
 from container.requirements import install, requirements_to_install
 from container.state import ServerState
 from handlers.artefacts import ArtefactError
@@ -59,16 +55,6 @@ _TELL_SECONDS = 0.2
 
 _LOOK_SECONDS = 0.5
 """The pause between two checks whether the backend is lost."""
-
-_BACKLOG = 2048
-_KEEP_ALIVE_SECONDS = 620
-"""Longer than load balancers keep an idle connection (AWS 60 s, Google 600 s), because they must close it first."""
-
-_UNACKNOWLEDGED_SECONDS = 120
-
-_ACCEPTS = 32
-"""Connections accepted in one turn of the event loop. libuv accepts one for each listening descriptor, so with a single
-descriptor a probe behind many new connections would wait for as many turns."""
 
 
 class LoadFailed(Exception):
@@ -117,7 +103,6 @@ class Server:
         self._installed: TemporaryDirectory[str] | None = None
         self._fetch_cancelled = threading.Event()
         self._stop = asyncio.Event()
-        self._several = configuration.settings.multi_model
         self._app = App(configuration, self.state, self.metrics)
 
     async def run(self) -> int:
@@ -172,7 +157,7 @@ class Server:
             every = LOG_SECONDS if not on_terminal() else TERMINAL_SECONDS
             with shown(self._tell, every) as self.state.progress:
                 async with asyncio.timeout(seconds):
-                    await (self._load_several() if self._several else self._fetch_and_load())
+                    await (self._load_several() if self.configuration.settings.multi_model else self._fetch_and_load())
         except TimeoutError as error:
             raise LoadFailed(
                 f"the model was not ready within {seconds:.0f} s ({self.state.reason}); raise "
@@ -355,7 +340,7 @@ def serve(configuration: Configuration, build: BackendBuilder = build_backend) -
 
 
 def _words() -> asyncio.Task[frozenset[str]]:
-    """Prepare what the log of a refused request needs: the first one would hold up all others for it."""
+    """Collect the words that the log of a refused request may hold, which would make the first refusal slow."""
     return asyncio.create_task(in_daemon_thread(own_words))
 
 
@@ -384,68 +369,3 @@ async def in_daemon_thread(work: Callable[[], T]) -> T:
     context = copy_context()  # which says where progress is reported
     threading.Thread(target=context.run, args=(run,), daemon=True, name="load").start()
     return await done
-
-
-class HttpServer(uvicorn.Server):
-    """Uvicorn with our protocol. It serves until `should_exit`; its owner handles signals."""
-
-    def __init__(self, app: App, head_seconds: float = HEAD_SECONDS) -> None:
-        self.connections = Connections(raise_descriptor_limit())
-        protocol = partial(
-            Protocol, connections=self.connections, on_malformed=app.on_malformed, head_seconds=head_seconds
-        )
-        super().__init__(
-            uvicorn.Config(
-                app,
-                http=protocol,  # type: ignore[arg-type]
-                ws="none",
-                lifespan="off",
-                interface="asgi3",
-                log_config=None,
-                access_log=False,
-                proxy_headers=False,
-                server_header=False,
-                backlog=_BACKLOG,
-                timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=2,
-            )
-        )
-
-    def listen(self, listener: socket.socket) -> Coroutine[Any, Any, None]:
-        """Return what serves until `should_exit`."""
-        # Each accept needs a descriptor of its own.
-        accepts = min(_ACCEPTS, max(1, self.connections.limit // 8))
-        return self.serve([listener, *(listener.dup() for _ in range(accepts - 1))])
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Return a listening TCP socket; port 0 takes any free one. Raises OSError."""
-    infos = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    family, kind, protocol, _, address = infos[0]
-    listener = socket.socket(family, kind, protocol)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):
-            milliseconds = _UNACKNOWLEDGED_SECONDS * 1000
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
-        listener.bind(address)
-        listener.listen(_BACKLOG)
-    except OSError:
-        listener.close()
-        raise
-    listener.setblocking(False)
-    return listener
-
-
-def address_of(listener: socket.socket) -> str:
-    """Return the listener's address as `host:port`, or that of a Unix socket, for the log."""
-    name: tuple[Any, ...] | str = listener.getsockname()
-    if isinstance(name, str):
-        return name
-    host, port = name[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

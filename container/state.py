@@ -102,7 +102,7 @@ class ServerState:
         phase: How far the process is.
         reason: Why it is not serving; safe to show to a client.
         backend: None until the model can generate.
-        service: None until then, too; it stays None on a machine that holds a part of the model for another one.
+        service: None until then; it stays None on a machine that holds a part of the model for another machine.
         several: The models of a server of several, once it is ready; None for any other server.
         progress: How far loading is, which is reported with the reason; None before and after it.
         created: When the process started, in Unix seconds.
@@ -180,15 +180,7 @@ class ServerState:
         store = None if backend is None else backend.adapters
         adapters = [] if store is None else [info.name for info in store.infos()]
         models = [
-            Model(
-                name,
-                "model",
-                self.created,
-                "lmi",
-                name,
-                names[0] if i >= len(names) else UNSET,
-                longest or UNSET,
-            )
+            Model(name, "model", self.created, "lmi", name, names[0] if i >= len(names) else UNSET, longest or UNSET)
             for i, name in enumerate((*names, *adapters))
         ]
         if not wanted:

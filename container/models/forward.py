@@ -73,11 +73,7 @@ class ModelClient:
         path = incoming.route.replace("{model}", LMI_NAME).replace("{adapter}", quote(incoming.adapter, safe=""))
         query = {name: value for name, value in incoming.query.items() if name != "model_name"}
         headers = {name: value for name, value in incoming.headers.items() if name not in _NOT_SENT}
-        headers |= {
-            "host": "model",
-            "content-length": str(incoming.size),
-            self._id_header: incoming.request_id,
-        }
+        headers |= {"host": "model", "content-length": str(incoming.size), self._id_header: incoming.request_id}
         request = httpcore.Request(
             incoming.method,
             "http://model" + path + ("?" + urlencode(query) if query else ""),

@@ -36,8 +36,6 @@ class Model:
     request starts it again.
 
     Attributes:
-        name: The model's name in requests.
-        url: As the client gave it.
         taken: The memory that it takes; None while no process of it runs.
     """
 
@@ -96,7 +94,7 @@ class Model:
         files.mkdir()
         try:
             async with one_at_a_time:  # The estimate takes memory itself, which no estimate counts.
-                answer, child = await self._asked(
+                answer, child = await self._ask(
                     "container.models.prepare", Prepare(str(source), str(files), self._options), Log(logger)
                 )
                 await child.stop(_STOP_SECONDS)
@@ -145,14 +143,14 @@ class Model:
             return self._client
         await self._measured.wait()
         if self._closed or self._prepared is None:
-            raise NotFound(f"Model or workflow not found: {self.name}")
+            raise no_such_model(self.name)
         if self._starting is None:
             self._starting = asyncio.create_task(self._start(self._prepared), name=f"start {self.name}")
-            self._starting.add_done_callback(retrieve_failure)  # Whoever waits for it may leave.
+            self._starting.add_done_callback(retrieve_failure)  # The request that waits for it may leave.
         starting = self._starting
         await asyncio.wait({starting})
         if starting.cancelled():
-            raise NotFound(f"Model or workflow not found: {self.name}")
+            raise no_such_model(self.name)
         return starting.result()
 
     async def _start(self, needs: Prepared) -> ModelClient:
@@ -178,17 +176,18 @@ class Model:
         """Start its server and return it once the model can answer. Raises ServingError."""
         settings = self._settings
         order = Start(self.name, needs.directory, self._socket, self._options, settings.log_format, settings.log_level)
-        answer, child = await self._asked("container.models.serve", order, _OUTPUT)
+        answer, child = await self._ask("container.models.serve", order, _OUTPUT)
         if isinstance(answer, Failure):
             await child.stop(_STOP_SECONDS)
             raise self._error(answer, Path(needs.directory))
         return child
 
-    async def _asked(self, module: str, question: Prepare | Start, log: Log) -> tuple[Answer, Child]:
+    async def _ask(self, module: str, question: Prepare | Start, log: Log) -> tuple[Answer, Child]:
+        """Start one of our modules and ask it. Raises ServingError if it ends without an answer, or takes too long."""
         seconds = self._settings.model_loading_timeout
         try:
             async with asyncio.timeout(seconds):
-                return await _asked(module, question, log)
+                return await _ask_process(module, question, log)
         except TimeoutError:
             raise ServingError(
                 f"the model was not ready within {seconds:.0f} s (option.model_loading_timeout)"
@@ -246,14 +245,18 @@ class Model:
         return kind(message)
 
 
+def no_such_model(name: str) -> NotFound:
+    """Return the error for a request that names a model which is not loaded, in LMI's words."""
+    return NotFound(f"Model or workflow not found: {name[:200]}")
+
+
 def retrieve_failure(task: asyncio.Task[Any]) -> None:
-    """Keep asyncio from logging a failure for which nobody waits any more."""
+    """Keep asyncio from logging a failure that no request waits for any more."""
     if not task.cancelled():
         task.exception()
 
 
-async def _asked(module: str, question: Prepare | Start, log: Log) -> tuple[Answer, Child]:
-    """Start one of our modules, ask it, and return its answer. Raises ServingError if it ends without one."""
+async def _ask_process(module: str, question: Prepare | Start, log: Log) -> tuple[Answer, Child]:
     child = await Child.start(module, "server", log)
     try:
         child.send(msgspec.json.encode(question))

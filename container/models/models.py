@@ -16,20 +16,13 @@ from typing import Any, Literal
 import msgspec
 
 from container.models.messages import Prepared
-from container.models.model import Model, retrieve_failure
+from container.models.model import Model, no_such_model, retrieve_failure
 from container.models.prepare import SUFFIXES
 from engine.machine import host_memory
 from handlers.artefacts import local_path
 from handlers.artefacts.fetch import download_root
 from handlers.backends.base import BackendStats, Capabilities, Health
-from handlers.errors import (
-    Conflict,
-    InsufficientStorage,
-    InvalidRequest,
-    NotFound,
-    ServingError,
-    stopping,
-)
+from handlers.errors import Conflict, InsufficientStorage, InvalidRequest, NotFound, ServingError, stopping
 from handlers.protocols.base import READ, Route, struct_reply
 from handlers.protocols.body import SHORT_BYTES, read_options
 from handlers.protocols.lmi.adapters import page_of
@@ -192,7 +185,7 @@ class Models:
         if name is None and (target := incoming.headers.get(_TARGET)):
             name = target if target in self._models else _name_of(target)
             if name not in self._models:
-                raise NotFound(f"Model or workflow not found: {target[:200]}")
+                raise no_such_model(target)
         if name is None and incoming.size:
             name = await _in_body(incoming)
         if name in self._models:
@@ -269,7 +262,7 @@ class Models:
 
     def _get(self, name: str) -> Model:
         if name not in self._models:  # unloaded since the request began
-            raise NotFound(f"Model or workflow not found: {name}")
+            raise no_such_model(name)
         return self._models[name]
 
     async def _unload(self, model: Model) -> None:
@@ -313,11 +306,7 @@ async def _in_body(incoming: Incoming) -> str | None:
         if len(body) <= SHORT_BYTES:
             return _read_name(body)
         return await asyncio.to_thread(_read_name, body)
-    except (
-        msgspec.MsgspecError,
-        ValueError,
-        RecursionError,
-    ):  # the model's server says what is wrong with it
+    except (msgspec.MsgspecError, ValueError, RecursionError):  # the model's server says what is wrong with it
         return None
 
 

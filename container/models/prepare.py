@@ -50,7 +50,7 @@ _PROCESSES_BYTES = 640 * 2**20
 """Host memory of a model's processes without weights and caches: its server, its engine and two image decoders."""
 
 _ENGINE_BYTES = 400 * 2**20
-"""The part of it that an engine's process takes, of which there is one for each replica and rank."""
+"""The part of `_PROCESSES_BYTES` for an engine's process; each replica and rank has one."""
 
 _ENCODER_MB = 32
 """The size of the encoder's cache on a CPU if no option sets it."""

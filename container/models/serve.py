@@ -27,13 +27,7 @@ from properties.problem import ConfigurationError
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 2048
-_NO_MEMORY = (
-    "out of memory",
-    "can't allocate memory",
-    "cannot allocate memory",
-    "not enough memory",
-    "memoryerror",
-)
+_NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "memoryerror")
 """In messages of torch, CUDA and vLLM, whose exceptions have no class of their own for this, and of other processes."""
 
 
@@ -74,7 +68,7 @@ def _serve(order: Start, parent: Parent) -> int:
         logger.warning("%s", problem)
 
     async def run() -> int:
-        with suppress(FileNotFoundError):  # that of a process before, which ended by itself
+        with suppress(FileNotFoundError):  # left by an earlier process of this model
             os.unlink(order.socket)
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(order.socket)

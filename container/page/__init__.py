@@ -43,7 +43,7 @@ _HEADERS = {
 
 
 def is_on(configuration: Configuration) -> bool:
-    """Whether the page is served: as `option.page` says, but where there is a key only if somebody set that option."""
+    """Whether the page is served: as `option.page` says, but on a server with a key only if that option is set."""
     settings = configuration.settings
     chosen = configuration.sources["page"].level is not Level.DEFAULT
     return settings.page and (chosen or settings.api_key is None)
@@ -109,7 +109,7 @@ class ModelPage:
         return Reply(200, "application/json", json.dumps(body).encode() + b"\n")
 
     def options(self) -> list[dict[str, str]]:
-        """Return the options that somebody set; secrets are masked, and a model's directory has its name only."""
+        """Return the options that were set: secrets are masked, and of a model's path only its last part is shown."""
         return [
             {"name": name, "value": _shown(name, row["value"]), "source": row["source"]}
             for name, row in effective_options(self._configuration).items()
@@ -126,7 +126,7 @@ class ModelPage:
 
 def _shown(name: str, value: Any) -> str:
     if name == "option.model_id" and Path(value).is_absolute():
-        return Path(value).name  # where on the machine it lies is nobody's business
+        return Path(value).name  # a client need not know where on the machine it is
     return value if isinstance(value, str) else json.dumps(value)
 
 

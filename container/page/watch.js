@@ -146,7 +146,7 @@ async function readBatch() {
   }));
 }
 
-/** Call work again and again, a pause after each, whatever comes of it. */
+/** Call work again and again, also when it fails, with a pause after each call. */
 async function repeat(work, pause) {
   for (;;) {
     await work().catch(() => {});

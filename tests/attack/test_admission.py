@@ -24,9 +24,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from container.app import App
 from container.bodies import FLOOR_SECONDS, Bodies, Body, BodyTimeout
+from container.http_server import HttpServer, bind
 from container.metrics import Metrics
 from container.protocol import HEAD_SECONDS
-from container.server import HttpServer, bind
 from container.state import ServerState
 from handlers.errors import Overloaded, PayloadTooLarge
 from properties.configuration import resolve

@@ -195,8 +195,7 @@ def test_the_largest_images_that_the_limits_allow_are_the_ones_considered(tmp_pa
     model = make_qwen_vl(tmp_path / "qwen", most_tokens=400)
     (warning,) = report(model, CPU, "max_model_len=200")["warnings"]
     numbers = re.match(
-        r"an image of (\d+)x(\d+) pixels takes (\d+) tokens \(of (\d+)x(\d+), which option\.max_image_pixels",
-        warning,
+        r"an image of (\d+)x(\d+) pixels takes (\d+) tokens \(of (\d+)x(\d+), which option\.max_image_pixels", warning
     )
     assert numbers is not None, warning
     width, height, tokens, widest, tallest = map(int, numbers.groups())
@@ -286,12 +285,7 @@ def test_instances_are_compared(large: Path, capsys: pytest.CaptureFixture[str])
     assert rows == ["g4dn.xlarge", "g6.xlarge, 2xlarge", "g6.12xlarge"]
     assert run_check(str(large), options, True, {}, instances=some) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [(row["fits"], row["copies"]) for row in found["instances"]] == [
-        (False, 1),
-        (True, 1),
-        (True, 1),
-        (True, 4),
-    ]
+    assert [(row["fits"], row["copies"]) for row in found["instances"]] == [(False, 1), (True, 1), (True, 1), (True, 4)]
     assert run_check(str(large), [*options, "dtype=fp32"], False, {}, instances=some[:3]) == 1
     assert "this fits 0 of 3" in capsys.readouterr().out
 

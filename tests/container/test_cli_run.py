@@ -20,7 +20,7 @@ import httpx
 import openai
 import pytest
 
-from container.app import Keys
+from container.access import Keys
 from container.cli import main
 from container.flags import FlagError, read_flags
 from engine.errors import ModelLoadError
@@ -106,10 +106,7 @@ class TestFlags:
 
     def test_flags_that_mean_nothing_here_are_said(self) -> None:
         found = read_flags(["M", "--disable-log-requests", "--swap-space", "4", "--dtype", "auto"], OWN)
-        assert found.warnings == [
-            "--disable-log-requests has no effect here",
-            "--swap-space has no effect here",
-        ]
+        assert found.warnings == ["--disable-log-requests has no effect here", "--swap-space has no effect here"]
         assert (found.rest, found.options) == (["M"], ["--dtype=auto"])
 
     def test_a_folder_of_images_has_no_effect_and_that_is_said(self) -> None:
@@ -132,10 +129,7 @@ class TestFlags:
             (["--launch-kobold-api"], "unknown flag --launch-kobold-api;"),
             (["--ssl-keyfile", "key.pem"], "unknown flag --ssl-keyfile; the port speaks plain HTTP"),
             (["--ssl-certfile", "cert.pem"], "unknown flag --ssl-certfile; the port speaks plain HTTP"),
-            (
-                ["--hf-overrides", "{}"],
-                "--hf-overrides; it is a flag of vLLM, which is not installed here",
-            ),
+            (["--hf-overrides", "{}"], "--hf-overrides; it is a flag of vLLM, which is not installed here"),
             (["--admin-key", "secret"], "unknown flag --admin-key"),
             (["--config", "lmi.yaml"], "unknown flag --config"),
             (["--max-batch-total-tokens", "9"], "unknown flag --max-batch-total-tokens"),
@@ -186,8 +180,7 @@ class TestKeys:
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["SERVING_API_KEY", "OPTION_API_KEY", "VLLM_API_KEY", "APHRODITE_API_KEY", "file", "option", "flag"],
+    "name", ["SERVING_API_KEY", "OPTION_API_KEY", "VLLM_API_KEY", "APHRODITE_API_KEY", "file", "option", "flag"]
 )
 def test_a_key_counts_wherever_it_is_written(tmp_path: Path, name: str) -> None:
     (tmp_path / "config.json").write_text("{}")
@@ -319,9 +312,7 @@ WRONG = {
 }  # fmt: skip
 
 
-def test_what_the_model_contradicts_is_an_error_with_both_values(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_what_the_model_contradicts_is_an_error_with_both_values(capsys: pytest.CaptureFixture[str]) -> None:
     given = [part for flag, (value, _) in WRONG.items() for part in (flag, value)]
     assert main(["check", str(SHAPES), *given, "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
@@ -385,10 +376,7 @@ def ask(client: openai.OpenAI, image: str, question: str = "What's in this image
         messages=[
             {
                 "role": "user",
-                "content": [
-                    {"type": "text", "text": question},
-                    {"type": "image_url", "image_url": {"url": image}},
-                ],
+                "content": [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": image}}],
             }
         ],
         **fields,
@@ -521,13 +509,7 @@ class TestSamplers:
 
     @pytest.mark.parametrize(
         ("name", "value"),
-        [
-            ("tfs", 0),
-            ("mirostat_mode", 1),
-            ("dynatemp_low", -1),
-            ("sampler_priority", [1, 2]),
-            ("nsigma", "x"),
-        ],
+        [("tfs", 0), ("mirostat_mode", 1), ("dynatemp_low", -1), ("sampler_priority", [1, 2]), ("nsigma", "x")],
     )
     def test_what_is_out_of_range_is_a_400_that_names_it(self, client: openai.OpenAI, name: str, value: Any) -> None:
         with pytest.raises(openai.BadRequestError) as caught:

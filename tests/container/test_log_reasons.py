@@ -31,10 +31,7 @@ SENT = "xyzzy plugh7"
         ("temperature: expected `float`, got `str`", None),
         ("the prompt has 3000 tokens, images included; this model's context is 512 tokens", None),
         ("parameters.max_new_tokens is 0; allowed: from 1", None),
-        (
-            "messages[0].role is 'xyzzy'; allowed: system, user",
-            "messages[0].role is …; allowed: system, user",
-        ),
+        ("messages[0].role is 'xyzzy'; allowed: system, user", "messages[0].role is …; allowed: system, user"),
         ("Model or workflow not found: xyzzy/1", "Model or workflow not found: …"),
         ("https://xyzzy.example/a.png is refused", "… is refused"),
         ("the prompt holds the token id 41111111111111111", "the prompt holds the token id …"),

@@ -141,15 +141,7 @@ def _changed(whole: bytes) -> bytes:
 
 @pytest.mark.parametrize(
     "damage",
-    [
-        _cut,
-        _changed,
-        _flipped,
-        gzip.decompress,
-        lambda _: b"",
-        lambda _: os.urandom(4096),
-        lambda _: b"PK\3\4zip",
-    ],
+    [_cut, _changed, _flipped, gzip.decompress, lambda _: b"", lambda _: os.urandom(4096), lambda _: b"PK\3\4zip"],
 )
 def test_what_is_no_whole_archive_is_refused(tmp_path: Path, place: Path, damage: Callable[[bytes], bytes]) -> None:
     path = packed(tmp_path / "m.tar.gz", plain("weights", os.urandom(200_000)))

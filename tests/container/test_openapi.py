@@ -18,8 +18,8 @@ from openapi_spec_validator import validate
 from schemathesis import Case, GenerationMode
 from schemathesis.checks import CHECKS, load_all_checks
 
-from container.app import ONE, SEVERAL, Router
 from container.openapi import document
+from container.router import ONE, SEVERAL, Router
 from container.routes import ROUTES
 from handlers.protocols.openai.requests import ChatBody, CompletionBody
 from handlers.protocols.tgi.requests import TgiParameters
@@ -76,24 +76,13 @@ def test_every_route_is_in_the_document_with_all_its_methods(router: Router) -> 
         path = route.path
         routes.setdefault(path, set()).update(method.lower() for method in route.methods)
     assert {path: set(operations) for path, operations in paths.items()} == routes
-    for path in (
-        "/ping",
-        "/invocations",
-        "/v1/chat/completions",
-        "/v1/completions",
-        "/generate",
-        "/openapi.json",
-    ):
+    for path in ("/ping", "/invocations", "/v1/chat/completions", "/v1/completions", "/generate", "/openapi.json"):
         assert path in paths
 
 
 def test_every_field_that_is_read_is_described() -> None:
     schemas = described()["components"]["schemas"]
-    for name, shape in (
-        ("ChatBody", ChatBody),
-        ("CompletionBody", CompletionBody),
-        ("TgiParameters", TgiParameters),
-    ):
+    for name, shape in (("ChatBody", ChatBody), ("CompletionBody", CompletionBody), ("TgiParameters", TgiParameters)):
         assert schemas[name]["properties"].keys() == {f.name for f in msgspec.structs.fields(shape)}
     assert schemas["CompletionBody"]["properties"]["temperature"]["anyOf"][0]["maximum"] == 100
     assert schemas["CompletionBody"]["properties"]["prompt"]["anyOf"][1]["minItems"] == 1
@@ -141,14 +130,7 @@ def checked(case: Case) -> requests.Response:
 CHAT = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": IMAGE}}, "What?"]}]}
 PROMPT = {"prompt": f"![]({IMAGE})What is this?", "max_tokens": 6}
 INPUTS = {"inputs": f"![]({IMAGE})What is this?", "parameters": {"max_new_tokens": 6}}
-ALL = {
-    "n": 2,
-    "top_logprobs": 2,
-    "logprobs": True,
-    "return_token_ids": True,
-    "max_tokens": 6,
-    "temperature": 1,
-}
+ALL = {"n": 2, "top_logprobs": 2, "logprobs": True, "return_token_ids": True, "max_tokens": 6, "temperature": 1}
 LEGACY = {"n": 2, "logprobs": 2, "echo": True, "return_token_ids": True, "max_tokens": 6, "temperature": 1}
 USAGE = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
 DETAILS = {"max_new_tokens": 6, "details": True, "top_n_tokens": 2, "do_sample": True, "seed": 1}

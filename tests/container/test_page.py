@@ -47,8 +47,7 @@ def test_a_list_of_examples_that_is_none_is_like_no_list(tmp_path: Path, example
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["__init__.py", "../app.py", "", "examples.json", "docs/../README.md", "docs/page-try.png", "deploy.md"],
+    "name", ["__init__.py", "../app.py", "", "examples.json", "docs/../README.md", "docs/page-try.png", "deploy.md"]
 )
 def test_only_the_files_of_the_page_are_shown(name: str) -> None:
     with pytest.raises(NotFound):

@@ -101,10 +101,7 @@ def test_a_signal_lets_what_runs_finish(tmp_path: Path, number: int) -> None:
     with ServerProcess(tmp_path / "m") as server:
         server.ready()
         with httpx.stream(
-            "POST",
-            f"{server.url}/v1/chat/completions",
-            json=order(tokens=2, until=str(go), stream=True),
-            timeout=60,
+            "POST", f"{server.url}/v1/chat/completions", json=order(tokens=2, until=str(go), stream=True), timeout=60
         ) as reply:
             lines = reply.iter_lines()
             next(lines)
@@ -319,9 +316,7 @@ def test_prompts_are_logged_when_asked_for_and_images_never(tmp_path: Path) -> N
         server.ready()
         url = f"{server.url}/v1/chat/completions"
         httpx.post(
-            url,
-            json=order(say="the answer", note="see data:image/png;base64,QUJD and https://x.example/y"),
-            timeout=60,
+            url, json=order(say="the answer", note="see data:image/png;base64,QUJD and https://x.example/y"), timeout=60
         )
         assert "see [link] and [link]" in server.wait_for("container.prompts: prompt")
         assert "the answer" in server.wait_for("container.prompts: answer")

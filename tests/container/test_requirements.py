@@ -144,7 +144,7 @@ def test_an_operator_can_switch_it_off(model: Path, variable: str) -> None:
 
 def test_an_installation_that_hangs_is_ended_by_the_time_limit_and_by_sigterm(model: Path) -> None:
     fifo = model / "more.txt"
-    os.mkfifo(fifo)  # pip waits for somebody to write it
+    os.mkfifo(fifo)  # pip waits until something is written to it
     (model / "requirements.txt").write_text("-r more.txt\n")
     log = ended(model, "model_loading_timeout=3")
     assert "the model was not ready within 3 s (requirements.txt is being installed); raise" in log

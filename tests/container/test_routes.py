@@ -12,8 +12,10 @@ from typing import Any
 import httpx
 import pytest
 
-from container.app import ONE, App, Cors, MethodNotAllowed
+from container.access import Cors
+from container.app import App
 from container.metrics import Metrics
+from container.router import ONE, MethodNotAllowed
 from container.routes import ROUTES
 from container.server import Server
 from container.state import ServerState
@@ -160,11 +162,7 @@ def test_a_path_of_a_megabyte_is_looked_at_once() -> None:
 
 
 def test_a_wrong_method_names_the_right_ones() -> None:
-    for path, allowed in (
-        ("/", ("POST", "GET", "HEAD")),
-        ("/generate", ("POST",)),
-        ("/info", ("GET", "HEAD")),
-    ):
+    for path, allowed in (("/", ("POST", "GET", "HEAD")), ("/generate", ("POST",)), ("/info", ("GET", "HEAD"))):
         with pytest.raises(MethodNotAllowed) as caught:
             ONE.find(path, "DELETE")
         assert caught.value.allowed == allowed
@@ -220,11 +218,7 @@ def test_the_key_guards_all_but_health_and_metrics(server: ServerProcess, client
 
 @pytest.mark.parametrize("sent", ["", "Bearer", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", f"Basic {KEY}", "Bearer -"])
 def test_a_wrong_key(server: ServerProcess, sent: str) -> None:
-    for path, words in (
-        ("/generate", "error"),
-        ("/v1/chat/completions", "error"),
-        ("/invocations", "message"),
-    ):
+    for path, words in (("/generate", "error"), ("/v1/chat/completions", "error"), ("/invocations", "message")):
         reply = httpx.post(f"{server.url}{path}", json=ASKS_LMI, headers={"authorization": sent}, timeout=60)
         assert reply.status_code == 401
         assert reply.headers["www-authenticate"] == "Bearer"
@@ -233,13 +227,7 @@ def test_a_wrong_key(server: ServerProcess, sent: str) -> None:
 
 
 def test_ping_and_health_in_every_form(client: httpx.Client) -> None:
-    for method, path in (
-        ("GET", "/ping"),
-        ("POST", "/ping"),
-        ("GET", "/health"),
-        ("GET", "/"),
-        ("HEAD", "/"),
-    ):
+    for method, path in (("GET", "/ping"), ("POST", "/ping"), ("GET", "/health"), ("GET", "/"), ("HEAD", "/")):
         assert client.request(method, path).status_code == 200, (method, path)
 
 

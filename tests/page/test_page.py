@@ -70,8 +70,7 @@ def test_images_are_chosen_and_pasted_and_keys_alone_send_them(shapes_page: Page
     given = {"name": name, "type": kind, "bytes": base64.b64encode(data).decode()}
     shapes_page.locator("#images li").first.wait_for()
     shapes_page.evaluate(
-        DROP.replace('DragEvent("drop", { dataTransfer', 'ClipboardEvent("paste", { clipboardData'),
-        ["body", [given]],
+        DROP.replace('DragEvent("drop", { dataTransfer', 'ClipboardEvent("paste", { clipboardData'), ["body", [given]]
     )
     shapes_page.locator("#images li").nth(1).wait_for()
     shapes_page.get_by_label("Message", exact=True).focus()
