@@ -224,14 +224,15 @@ class Server:
             self._installed = await install(file, configuration.settings.offline)
         self.state.reason = "the model is loading"
         served = await in_daemon_thread(lambda: self._build(configuration, directory))
-        self._backend = backend = served.backend
         self._formatters = formatters = await in_daemon_thread(lambda: build_formatters(configuration, directory))
         if formatters is not None:
             await formatters.load()
-        await backend.load()
+        self._backend = backend = await served.start()
         self._images = self.metrics.images = build_images(configuration.settings)
         service = (
-            None if served.service is None else served.service(configuration, self._images, self.metrics, formatters)
+            None
+            if served.service is None
+            else served.service(backend, configuration, self._images, self.metrics, formatters)
         )
         await words
         gc.collect()

@@ -38,6 +38,21 @@ def longest_prompt(max_model_len: int) -> int:
     return max(_FEWEST, _CHARACTERS_PER_TOKEN * max_model_len)
 
 
+def check_images(count: int, most: int, limit: str, *, accepted: bool) -> None:
+    """Raise InvalidRequest if a prompt may not have so many images.
+
+    Args:
+        count: How many it has.
+        most: How many option.limit_mm_per_prompt allows.
+        limit: The words for that, for whoever sent the prompt.
+        accepted: Whether the model takes images at all.
+    """
+    if count and not accepted:
+        raise InvalidRequest("this model does not take images")
+    if count > most:
+        raise InvalidRequest(f"the prompt holds {count} images; {limit}")
+
+
 def require_known(request: GenerationRequest, vocab_size: int, image_token_id: int | None = None) -> None:
     """Raise InvalidRequest for token ids from the client that the model does not know.
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ModelLoadError
 from engine.families.registry import family_of, kind_of, served
-from handlers.backends.backend import DevicePlan, Findings, Needs, PromptCheck
+from handlers.backends.backend import DevicePlan, Findings, Needs, PromptCheck, Starting
 from handlers.backends.image_options import contradictions, crowded, image_tokens, unused_by_text, wanted
 from handlers.backends.model_files import no_processor, too_long
 from handlers.backends.rolling.plan import plan_engines, unused_devices
@@ -39,11 +40,11 @@ class RollingBackend:
         """See `Backend`."""
         return frozenset()
 
-    def build(self, configuration: Configuration, model_path: Path) -> RollingEngine:
+    def build(self, configuration: Configuration, model_path: Path) -> Starting[RollingEngine]:
         """See `Backend`."""
         from handlers.backends.rolling.engine import RollingEngine
 
-        return RollingEngine(configuration, model_path)
+        return partial(RollingEngine.start, configuration, model_path)
 
     def part(self, configuration: Configuration, model_path: Path) -> None:
         """Each engine is on one machine alone."""
@@ -132,19 +133,19 @@ class RollingBackend:
         return []
 
     def check_prompts(self, configuration: Configuration, directory: Path, machine: Machine) -> PromptCheck:
-        """See `Backend`. Imports torch and transformers where old options about images are to be compared."""
+        """See `Backend`. It starts a process, or with trust_remote_code may import torch and transformers."""
         from handlers.backends.rolling.model_front import ModelFront
 
         settings = configuration.settings
-        if problems := _contradictions(settings, directory):
-            return PromptCheck(errors=problems)
-        if settings.trust_remote_code:
-            return PromptCheck()
+        if settings.trust_remote_code:  # the front would run the model's own code
+            return PromptCheck(errors=_contradictions(settings, directory))
         try:
             plan_engines(settings, str(directory), len(machine.accelerators))
             front = ModelFront.load(settings, str(directory))
         except (InvalidConfiguration, ModelLoadError) as error:
             return PromptCheck(errors=[Problem(str(error))])
+        if front.contradictions:
+            return PromptCheck(errors=[Problem(text) for text in front.contradictions])
         template, preprocessor = front.text.renderer.templates.described(), front.preprocessor
         if preprocessor is None:
             return PromptCheck(template)
