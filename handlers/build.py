@@ -24,6 +24,16 @@ from properties.settings import Settings
 logger = logging.getLogger(__name__)
 
 
+def with_model_directory(configuration: Configuration, directory: Path) -> Configuration:
+    """Return the configuration with what the fetched model's own files add. Warnings that are new are logged."""
+    known = {problem.message for problem in configuration.warnings}
+    configuration = configuration.with_model_directory(directory)
+    for problem in configuration.warnings:
+        if problem.message not in known:
+            logger.warning("%s", problem)
+    return configuration
+
+
 def choose_backend(configuration: Configuration, model_path: Path) -> Choice:
     """Return which backend serves, and why. Raises ConfigurationError.
 

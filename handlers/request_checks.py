@@ -64,15 +64,14 @@ def require_known(request: GenerationRequest, vocab_size: int, image_token_id: i
     bad = next((t for t in prompt.token_ids if not 0 <= t < vocab_size and t != image_token_id), None)
     if bad is not None:
         raise InvalidRequest(
-            f"the prompt holds the token id {str(bad)[:40]}; this model's are 0 to {vocab_size - 1}",
-            param="prompt",
+            f"the prompt holds the token id {str(bad)[:40]}; this model's are 0 to {vocab_size - 1}", param="prompt"
         )
 
 
 def checked_tokens(request: GenerationRequest, token_ids: list[int], max_model_len: int, vocab_size: int) -> list[int]:
     """Return the tokens of a prompt without images, truncated as the request says. Raises as `require_known`.
 
-    `checked_sampling`, which counts the tokens, refuses whatever is longer than the context.
+    A prompt that is longer than the context is returned as it is: `checked_sampling` refuses it.
     """
     if request.truncate_prompt_tokens is None and len(token_ids) >= max_model_len:
         return token_ids
@@ -108,12 +107,7 @@ def fitting_max_tokens(
 
 
 def checked_sampling(
-    request: GenerationRequest,
-    used: int,
-    max_model_len: int,
-    vocab_size: int,
-    *,
-    images_follow: bool = False,
+    request: GenerationRequest, used: int, max_model_len: int, vocab_size: int, *, images_follow: bool = False
 ) -> RequestSampling:
     """Return the sampling parameters to use. The arguments are those of `fitting_max_tokens`.
 

@@ -124,7 +124,7 @@ def engine_died() -> EngineFailed:
 
 
 class Lifecycle(Protocol):
-    """Whatever answers requests, loaded. Everything runs on the event loop."""
+    """A loaded model or handler that answers requests. All methods run on the event loop."""
 
     @property
     def capabilities(self) -> Capabilities:

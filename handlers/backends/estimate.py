@@ -74,11 +74,7 @@ def cache_bytes_per_token(config: Mapping[str, Any], dtype: str) -> int | None:
     text = text_config(config)
     layers, heads, hidden = (
         _number(text, *names)
-        for names in (
-            ("num_hidden_layers", "n_layer"),
-            ("num_attention_heads", "n_head"),
-            ("hidden_size", "n_embd"),
-        )
+        for names in (("num_hidden_layers", "n_layer"), ("num_attention_heads", "n_head"), ("hidden_size", "n_embd"))
     )
     if layers is None or heads is None:
         return None

@@ -15,7 +15,7 @@ from typing import Any
 from handlers import progress
 from handlers.artefacts.fetch import fetch
 from handlers.backends.select import backend_of
-from handlers.build import build_engine, build_images, build_part, choose_backend
+from handlers.build import build_engine, build_images, build_part, choose_backend, with_model_directory
 from handlers.errors import InvalidConfiguration, InvalidRequest
 from handlers.images.loader import ImageLoader
 from handlers.offline.batch import Batch, Outcome
@@ -45,11 +45,7 @@ class Core:
         finally:
             cancelled.set()
         progress.current().begin("")
-        known = {problem.message for problem in configuration.warnings}
-        self.configuration = configuration = configuration.with_model_directory(self.directory)
-        for problem in configuration.warnings:
-            if problem.message not in known:
-                logger.warning("%s", problem)
+        self.configuration = configuration = with_model_directory(configuration, self.directory)
         settings = configuration.settings
         choice = choose_backend(configuration, self.directory)
         if not backend_of(choice.backend).takes_engine_arguments:

@@ -17,14 +17,7 @@ from engine.errors import EngineError
 from engine.machine import this_machine
 from handlers import progress
 from handlers.backends.adapters import AdapterFiles
-from handlers.backends.base import (
-    BackendStats,
-    Capabilities,
-    EngineRequest,
-    Health,
-    PromptModel,
-    compute_type,
-)
+from handlers.backends.base import BackendStats, Capabilities, EngineRequest, Health, PromptModel, compute_type
 from handlers.backends.vllm import compat
 from handlers.backends.vllm.adapters import LoadedAdapter, VllmAdapters, adapter_slots
 from handlers.backends.vllm.arguments import engine_arguments

@@ -151,7 +151,7 @@ class EngineSupervisor(Supervisor["RunningEngine"]):
 class RunningEngine:
     """An engine that serves (see `processes.supervisor.Supervised`).
 
-    With data parallelism each replica is watched by itself: one may hang while the others answer.
+    With data parallelism each replica is watched separately: one may hang while the others answer.
 
     Attributes:
         asked: The time since which a replica owes a token, for those that do.
