@@ -37,11 +37,9 @@ class RollingBackend:
     takes_engine_arguments = False
 
     def parser_names(self, option: str) -> frozenset[str]:
-        """See `Backend`."""
         return frozenset()
 
     def build(self, configuration: Configuration, model_path: Path) -> Starting[RollingEngine]:
-        """See `Backend`."""
         from handlers.backends.rolling.engine import RollingEngine
 
         return partial(RollingEngine.start, configuration, model_path)
@@ -57,7 +55,6 @@ class RollingBackend:
         config: Mapping[str, Any],
         contents: Mapping[str, Mapping[str, Any]],
     ) -> None:
-        """See `Backend`."""
         found.add(_unserved(config, directory))
         found.errors += too_long(configuration, context_length(config))
         found.warnings += _inexact(configuration.settings)
@@ -72,14 +69,12 @@ class RollingBackend:
         found.add(engine_weight_problems(directory, pickled=pickled, named=named))
 
     def chat_template(self, config: Mapping[str, Any]) -> object:
-        """See `Backend`."""
         family = family_of(str(config.get("model_type")))
         return None if family is None or family.preprocessor is None else family.preprocessor.chat_template
 
     def plan(
         self, configuration: Configuration, directory: Path, machine: Machine, shapes: Mapping[str, Any]
     ) -> DevicePlan:
-        """See `Backend`."""
         settings, accelerators = configuration.settings, len(machine.accelerators)
         engines = plan_engines(settings, str(directory), accelerators, machine=machine)
         return DevicePlan(

@@ -146,14 +146,12 @@ class RollingEngine:
     async def prepare(
         self, token_ids: list[int], parts: Sequence[MediaPart], request: EngineRequest | None
     ) -> RollingPrompt:
-        """See `Engine`."""
         if not parts or self._preparer is None:
             return RollingPrompt(token_ids, [])
         ready = await self._preparer.prepare(parts)
         return RollingPrompt(*place_images(token_ids, ready, self._front.text.renderer.image_token_id))
 
     async def generate(self, prompt: RollingPrompt, request: EngineRequest) -> RollingStream:
-        """See `Engine`."""
         group, token_ids = self._group, prompt.token_ids
         seed = request.params.seed if request.params.seed is not None else secrets.randbits(63)
         add = Add(
@@ -180,7 +178,6 @@ class RollingEngine:
         return RollingStream(outputs, self._front.text.eos_token_ids)
 
     def health(self) -> Health:
-        """See `Lifecycle`."""
         group = self._group
         alive, total = len(group.responsive), len(group.replicas)
         if alive == 0:
@@ -193,7 +190,6 @@ class RollingEngine:
         return Health(True, "ready" if alive == total else f"ready: {alive} of {total} replicas")
 
     def stats(self) -> BackendStats:
-        """See `Lifecycle`."""
         group = self._group
         now = group.stats()
         return BackendStats(
@@ -214,7 +210,6 @@ class RollingEngine:
         )
 
     async def close(self) -> None:
-        """See `Lifecycle`."""
         await self._group.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -259,13 +254,11 @@ class RollingStream:
             raise engine_died() from error
 
     def abort(self, index: int) -> None:
-        """See `TokenStream`."""
         request_id = self._outputs.ids[index]
         self._open.discard(request_id)
         self._outputs.abort([request_id])
 
     async def aclose(self) -> None:
-        """See `TokenStream`."""
         self._open.clear()
         self._outputs.abort()
 
