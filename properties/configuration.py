@@ -43,14 +43,7 @@ _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 _MODEL_KEY = key_of("model_id")
 
-_LORA = (
-    "max_loras",
-    "max_lora_rank",
-    "max_cpu_loras",
-    "lora_dtype",
-    "fully_sharded_loras",
-    "allowed_adapter_path",
-)
+_LORA = ("max_loras", "max_lora_rank", "max_cpu_loras", "lora_dtype", "fully_sharded_loras", "allowed_adapter_path")
 _STANDARDS = {
     "CUSTOM_FASTAPI_PING_HANDLER": "/ping says whether the engine, or the model's own handler, can answer",
     "CUSTOM_FASTAPI_MIDDLEWARE_THROTTLE": "job_queue_size and option.max_rolling_batch_size limit requests",
@@ -162,12 +155,7 @@ class Configuration:
             if report.problems:
                 raise ConfigurationError(report.problems, report.warnings)
             configuration = _build(
-                written,
-                report,
-                self.home or directory,
-                self.model_location,
-                self.backend_options,
-                self.secure,
+                written, report, self.home or directory, self.model_location, self.backend_options, self.secure
             )
         if directory != self.home and (forbidden := list(self.secure.files(directory))):
             raise ConfigurationError(forbidden)
@@ -388,8 +376,7 @@ def _locate(result: Resolution, home: Path | None) -> ModelLocation | None:
     if settings.model_id is None:
         if not any(problem.option == "model_id" for problem in result.problems):
             result.problem(
-                "no model: give MODEL, set HF_MODEL_ID or OPTION_MODEL_ID, or put one in /opt/ml/model",
-                "model_id",
+                "no model: give MODEL, set HF_MODEL_ID or OPTION_MODEL_ID, or put one in /opt/ml/model", "model_id"
             )
         return None
     try:

@@ -266,9 +266,7 @@ def _lower(value: object) -> object:
 Count = Annotated[int, Ge(0), Allowed("a whole number from 0")]
 Positive = Annotated[int, Ge(1), Allowed("a whole number from 1")]
 Tokens = Annotated[
-    Positive | None,
-    BeforeValidator(_tokens),
-    Allowed("a whole number from 1, or one such as 8k (8000) or 8K (8192)"),
+    Positive | None, BeforeValidator(_tokens), Allowed("a whole number from 1, or one such as 8k (8000) or 8K (8192)")
 ]
 Length = Annotated[
     Positive | None,
@@ -280,10 +278,7 @@ Seconds = Annotated[float, Gt(0), AllowInfNan(False), Allowed("a number above 0"
 Amount = Annotated[float, Ge(0), AllowInfNan(False), Allowed("a number from 0")]
 Fraction = Annotated[float, Gt(0), Le(1), Allowed("a number above 0, at most 1")]
 Seed = Annotated[int, Ge(0), Le(2**64 - 1), Allowed("a whole number from 0 to 2^64-1")]
-Degree = Annotated[
-    Annotated[int, Ge(1)] | Literal["max"],
-    Allowed("a whole number from 1, or max"),
-]
+Degree = Annotated[Annotated[int, Ge(1)] | Literal["max"], Allowed("a whole number from 1, or max")]
 Shape = Annotated[
     list[Annotated[int, Ge(1)]],
     BeforeValidator(_shape),
@@ -305,14 +300,7 @@ Dtype = Annotated[
     Allowed("auto, float32 (fp32), float16 (fp16), bfloat16 (bf16)"),
 ]
 _PIPELINES = ("image-text-to-text", "image-to-text", "visual-question-answering", "any-to-any")
-_NO_TEXT = (
-    "text-embedding",
-    "feature-extraction",
-    "sentence-similarity",
-    "classify",
-    "text-classification",
-    "score",
-)
+_NO_TEXT = ("text-embedding", "feature-extraction", "sentence-similarity", "classify", "text-classification", "score")
 
 
 def _task(value: object) -> object:

@@ -66,8 +66,7 @@ class ModelSettings(BaseModel):
         variables=(Variable("HF_REVISION"), Variable("HF_MODEL_REVISION", Level.TGI)),
     )
     served_model_name: Names = option(
-        "Names by which clients may request the model; replies show the first. Empty: the model's own name.",
-        default=[],
+        "Names by which clients may request the model; replies show the first. Empty: the model's own name.", default=[]
     )
     task: Task = option(
         "What the model is for. Only generation is served.", default="auto", variables=(Variable("HF_TASK"),)
@@ -141,11 +140,7 @@ class ModelSettings(BaseModel):
     offline: bool = option(
         "Never contact the hub: use what is on this machine.",
         default=False,
-        variables=(
-            Variable("HF_HUB_OFFLINE"),
-            Variable("DJL_OFFLINE"),
-            Variable("TRANSFORMERS_OFFLINE", rank=1),
-        ),
+        variables=(Variable("HF_HUB_OFFLINE"), Variable("DJL_OFFLINE"), Variable("TRANSFORMERS_OFFLINE", rank=1)),
     )
     hf_token: SecretStr | None = option(
         "Hugging Face token for private and gated models.",
@@ -380,10 +375,7 @@ class ChatSettings(BaseModel):
         "Time limit for a request, waiting included, after which it is aborted. Its body has the same time to arrive.",
         default=240,
         unit="s",
-        variables=(
-            Variable("SAGEMAKER_MODEL_SERVER_TIMEOUT_SECONDS", Level.SAGEMAKER),
-            Variable("PREDICT_TIMEOUT"),
-        ),
+        variables=(Variable("SAGEMAKER_MODEL_SERVER_TIMEOUT_SECONDS", Level.SAGEMAKER), Variable("PREDICT_TIMEOUT")),
     )
     request_priorities: bool = option("Allow requests to set their `priority`; otherwise it is ignored.", default=False)
     output_formatter: OutputFormat | None = option(

@@ -26,15 +26,7 @@ _NUMBER = {
     "expsign": {"0": "EXP", "1-9": "EXP"},
     "EXP": {"0": "EXP", "1-9": "EXP"},
 }
-_CLASSES = {
-    **dict.fromkeys("123456789", "1-9"),
-    "0": "0",
-    ".": ".",
-    "e": "e",
-    "E": "e",
-    "+": "+-",
-    "-": "+-",
-}
+_CLASSES = {**dict.fromkeys("123456789", "1-9"), "0": "0", ".": ".", "e": "e", "E": "e", "+": "+-", "-": "+-"}
 
 
 def skip_space(text: str, at: int) -> int:

@@ -20,14 +20,7 @@ _INTEGER = re.compile(r"[+-]?[0-9]+(?:_[0-9]+)*")
 _HEX = re.compile(r"[+-]?0[xX][0-9a-fA-F]+")
 _FLOAT = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _PLAIN = re.compile(r"""[^"'\\]+""")
-_CONSTANTS = {
-    "True": "true",
-    "False": "false",
-    "None": "null",
-    "true": "true",
-    "false": "false",
-    "null": "null",
-}
+_CONSTANTS = {"True": "true", "False": "false", "None": "null", "true": "true", "false": "false", "null": "null"}
 _ESCAPES = dict(zip("ntrbfav", "\n\t\r\b\f\a\v", strict=True)) | {c: c for c in "\\'\""} | {"\n": ""}
 _HEX_ESCAPES = {"x": 2, "u": 4, "U": 8}
 _HEX_DIGITS = "0123456789abcdefABCDEF"

@@ -12,14 +12,7 @@ import jinja2
 
 from handlers.errors import InvalidRequest, ServingError
 from handlers.prompts.chat_templates import ChatTemplates, TemplateSource
-from handlers.prompts.special_tokens import (
-    SEARCH_WINDOW,
-    ControlTokens,
-    Hidden,
-    LiteralEncoder,
-    encode,
-    token_places,
-)
+from handlers.prompts.special_tokens import SEARCH_WINDOW, ControlTokens, Hidden, LiteralEncoder, encode, token_places
 from handlers.protocols.body import SHORT_BYTES
 from handlers.protocols.body_limits import MAX_DEPTH, check_body, depth
 from handlers.request import ChatPrompt, Message, TextPart, TextPrompt, media_parts, prompt_parts
@@ -334,8 +327,7 @@ class PromptRenderer:
         most = None if self._preprocessor is None else self._preprocessor.max_images
         if most is not None and n_images > most:
             raise InvalidRequest(
-                f"the request has {n_images} images, but a prompt of this model holds at most {most}",
-                param="messages",
+                f"the request has {n_images} images, but a prompt of this model holds at most {most}", param="messages"
             )
 
     def _require_room(self, length: int, unit: str = "characters") -> None:
@@ -460,10 +452,7 @@ def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
         except (ValueError, RecursionError, InvalidRequest):
             arguments = None
     usable = isinstance(arguments, dict) and depth(arguments) <= MAX_DEPTH
-    return {
-        **call,
-        "function": {**function, "arguments": arguments if usable else {}},
-    }
+    return {**call, "function": {**function, "arguments": arguments if usable else {}}}
 
 
 def _reason(what: str, error: jinja2.TemplateError) -> str:
