@@ -12,6 +12,7 @@ from properties.field import (
     ROLLING,
     TRUE,
     VLLM,
+    Address,
     Amount,
     Count,
     Degree,
@@ -438,7 +439,7 @@ def _megabytes(text: str) -> str:
 class ServerSettings(BaseModel):
     """Server and process"""
 
-    host: str = server_key("Address to listen on; `lmi serve` and `lmi run`: 127.0.0.1.", default="0.0.0.0")
+    host: Address = server_key("Address to listen on; `lmi serve` and `lmi run`: 127.0.0.1.", default="0.0.0.0")
     port: Port = server_key(
         "Port to listen on.", default=8080, variables=(Variable("SAGEMAKER_BIND_TO_PORT", Level.SAGEMAKER),)
     )
