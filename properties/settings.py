@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from properties.field import ROLLING, TRUE, VLLM, Level, Option, Variable, option, server_key
 from properties.types import (
+    Address,
     Amount,
     Count,
     Degree,
@@ -431,7 +432,9 @@ def _megabytes(text: str) -> str:
 class ServerSettings(BaseModel):
     """Server and process"""
 
-    host: str = server_key("Address to listen on. Default of `lmi serve` and `lmi run`: 127.0.0.1.", default="0.0.0.0")
+    host: Address = server_key(
+        "Address to listen on. Default of `lmi serve` and `lmi run`: 127.0.0.1.", default="0.0.0.0"
+    )
     port: Port = server_key(
         "Port to listen on.", default=8080, variables=(Variable("SAGEMAKER_BIND_TO_PORT", Level.SAGEMAKER),)
     )

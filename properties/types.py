@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import re
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -57,6 +58,15 @@ def _each(read: Callable[[str], object]) -> Callable[[object], object]:
         return found
 
     return names
+
+
+def _address(value: object) -> object:
+    if isinstance(value, str) and re.fullmatch(r"[0-9.]+", value):
+        try:
+            socket.inet_aton(value)  # takes the short forms that the operating system takes, such as 127.1
+        except OSError:
+            raise ValueError("not an IP address") from None
+    return value
 
 
 def _network(name: str) -> object:
@@ -262,6 +272,11 @@ Devices = Annotated[
     Literal["*"] | Annotated[list[Annotated[int, Ge(0)]], MinLen(1)],
     BeforeValidator(_devices),
     Allowed("* for all, or device numbers: 0;1 or a JSON list"),
+]
+Address = Annotated[
+    str,
+    BeforeValidator(_address),
+    Allowed("an IP address or a host name of this machine; 0.0.0.0 for all its addresses"),
 ]
 JsonObject = Annotated[dict[str, Any], BeforeValidator(_object), Allowed("a JSON object")]
 MediaOptions = Annotated[

@@ -14,15 +14,13 @@ from handlers.backends.vllm.compat import engine_process_ids, expect_the_end, fa
 from handlers.backends.vllm.probes import Counters
 from handlers.backends.vllm.processes import ProcessTree, engine_children
 from processes.guard import Guard
-from processes.supervisor import Supervisor
+from processes.supervisor import FIRST_PAUSE_SECONDS, Supervisor
 
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.25
-"""How often the engine's processes and its latest output are checked."""
 
 IDLE_SECONDS = 30.0
-"""A replica that is silent for so long is asked for a token, even if no request is in flight."""
 
 JOIN_SECONDS = 30.0
 """How long killed processes may take to end and free their memory."""
@@ -50,6 +48,9 @@ class EngineSupervisor(Supervisor["RunningEngine"]):
         loading_seconds: float = 1800.0,
         suspect_seconds: float = 20.0,
         stuck_seconds: float = 300.0,
+        idle_seconds: float = IDLE_SECONDS,
+        look_seconds: float = LOOK_SECONDS,
+        first_pause_seconds: float = FIRST_PAUSE_SECONDS,
     ) -> None:
         """Prepare to keep an engine running; `start` builds the first and raises what `build` and `prepare` raise.
 
@@ -63,12 +64,23 @@ class EngineSupervisor(Supervisor["RunningEngine"]):
             suspect_seconds: How long a replica may be silent, with requests in flight, before the engine counts as not
                 ready. For the first half of that time it is only waited for; then it is asked for a token.
             stuck_seconds: How long the token may take; longer than the engine's longest step.
+            idle_seconds: How long a replica may be silent without requests before it is asked for a token.
+            look_seconds: How often the engine's processes and its latest output are checked.
+            first_pause_seconds: See `Supervisor`.
         """
-        super().__init__("the engine", self._launched, retry_threshold=retry_threshold, start_seconds=loading_seconds)
+        super().__init__(
+            "the engine",
+            self._launched,
+            retry_threshold=retry_threshold,
+            start_seconds=loading_seconds,
+            first_pause_seconds=first_pause_seconds,
+        )
         self.ask = ask
         self.signs = counters.signs
         self.quiet = suspect_seconds / 2
         self.stuck = stuck_seconds
+        self.idle = idle_seconds
+        self.look = look_seconds
         self.in_flight = 0
         self.answered = False
         self._build = build
@@ -100,7 +112,7 @@ class EngineSupervisor(Supervisor["RunningEngine"]):
         engine = tree = None
         try:
             while not building.done():  # which takes minutes with a large model
-                await asyncio.wait({building}, timeout=LOOK_SECONDS)
+                await asyncio.wait({building}, timeout=self.look)
                 await self._guard.protect(ProcessTree(engine_children() - others).members)
             engine = building.result()
             tree = ProcessTree(engine_process_ids(engine))
@@ -173,15 +185,15 @@ class RunningEngine:
         while not self.engine.errored:
             if dead := self._tree.dead:
                 return f"lost {dead}"
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(self._owner.look)
         return "process died"
 
     async def _until_silent(self, replica: int) -> str:
         owner = self._owner
         owner.signs[replica] = time.monotonic()
         while True:
-            await asyncio.sleep(min(LOOK_SECONDS, owner.quiet))
-            allowed = owner.quiet if owner.in_flight else max(owner.quiet, IDLE_SECONDS)
+            await asyncio.sleep(min(owner.look, owner.quiet))
+            allowed = owner.quiet if owner.in_flight else max(owner.quiet, owner.idle)
             silent = time.monotonic() - owner.signs[replica]
             if silent > allowed and not await self._answers(replica):
                 which = f" (replica {replica} of {self._replicas})" if self._replicas > 1 else ""
@@ -196,7 +208,7 @@ class RunningEngine:
             while not asking.done() and owner.signs[replica] <= asked:
                 if time.monotonic() - asked > owner.stuck:
                     return False
-                await asyncio.wait({asking}, timeout=LOOK_SECONDS)
+                await asyncio.wait({asking}, timeout=owner.look)
             return True
         finally:
             del self.asked[replica]
@@ -213,7 +225,7 @@ class RunningEngine:
                 # queue, which the other ones may have filled.
                 if self._replicas > 1:
                     return
-                await asyncio.sleep(LOOK_SECONDS)
+                await asyncio.sleep(self._owner.look)
 
 
 def _kill(engine: Any, tree: ProcessTree) -> None:

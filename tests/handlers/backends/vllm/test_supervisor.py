@@ -12,10 +12,8 @@ from typing import Any
 
 import pytest
 
-from handlers.backends.vllm import supervisor as watching
 from handlers.backends.vllm.probes import Counters
 from handlers.backends.vllm.supervisor import EngineSupervisor
-from processes import supervisor
 
 
 class ScriptedEngine:
@@ -55,7 +53,15 @@ class House:
         """What the next engine is."""
         self.counters = Counters()
         self.supervisor = EngineSupervisor(
-            self.build, self.ask, self.counters, suspect_seconds=0.04, stuck_seconds=stuck, **options
+            self.build,
+            self.ask,
+            self.counters,
+            suspect_seconds=0.04,
+            stuck_seconds=stuck,
+            idle_seconds=0.05,
+            look_seconds=0.005,
+            first_pause_seconds=0.001,
+            **options,
         )
 
     def build(self) -> ScriptedEngine:
@@ -72,13 +78,6 @@ class House:
             raise RuntimeError("the queue is full")
         if not engine.answers[replica]:
             await asyncio.Event().wait()
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watching, "LOOK_SECONDS", 0.005)
-    monkeypatch.setattr(watching, "IDLE_SECONDS", 0.05)
-    monkeypatch.setattr(supervisor, "FIRST_PAUSE_SECONDS", 0.001)
 
 
 async def until(holds: Callable[[], bool]) -> None:
