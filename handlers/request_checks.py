@@ -92,18 +92,19 @@ def fitting_max_tokens(
     """Return the `max_tokens` with which an answer fits behind the `used` tokens of its prompt.
 
     images_follow: the tokens of images are still to be counted, so that a long answer is refused only then. Raises
-    InvalidRequest if the prompt is empty, or if it or the answer does not fit.
+    InvalidRequest if the prompt is empty, or if it, the answer or `min_tokens` does not fit.
     """
-    wanted = request.sampling.max_tokens
+    wanted, least, room = request.sampling.max_tokens, request.sampling.min_tokens, max_model_len - used
     if used == 0:
         raise InvalidRequest("the prompt is empty")
-    if used >= max_model_len:
+    if room <= 0:
         raise ContextExceeded(prompt_tokens=used, max_tokens=None, context=max_model_len)
-    if wanted is None or used + wanted <= max_model_len:
-        return wanted
-    if not (request.max_tokens_is_default or images_follow):
-        raise ContextExceeded(prompt_tokens=used, max_tokens=wanted, context=max_model_len)
-    return max_model_len - used
+    if not images_follow:
+        if wanted is not None and wanted > room and not request.max_tokens_is_default:
+            raise ContextExceeded(prompt_tokens=used, max_tokens=wanted, context=max_model_len)
+        if least > room:
+            raise InvalidParameter("min_tokens", f"is {least}; the context has room for {room} tokens after the prompt")
+    return None if wanted is None else min(wanted, room)
 
 
 def checked_sampling(
