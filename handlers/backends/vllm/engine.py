@@ -115,7 +115,15 @@ class VllmEngine:
     """See `handlers.backends.base.Engine`; `start` makes one.
 
     Attributes:
-        blocks: Those of the caches of all replicas.
+        vllm: The imported names.
+        samplers: Those of ours that the engine has.
+        loras: What loads adapters; without any if option.enable_lora is not set.
+        supervisor: Holds vLLM's engine, and replaces it.
+        counters: What the engine has reported.
+        prompts: What prompts of its model need.
+        blocks: The blocks of the caches of all replicas.
+        replicas: Replicas of the model.
+        threads: Where slow work on prompts is done.
     """
 
     vllm: Vllm
