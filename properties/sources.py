@@ -213,20 +213,22 @@ def read_containers(
     backend_options: see `Configuration`. The backend takes those flags without effect that it knows.
     """
     for variable, text in environ.items():
-        flag = variable.removeprefix(VLLM_PREFIX).lower()
-        if not text.strip():
-            continue
-        if variable.startswith(SGLANG_PREFIX):
+        if text.strip() and variable.startswith(SGLANG_PREFIX):
             yield from _sglang(variable, text, report)
-        elif variable.startswith(VLLM_PREFIX) and flag in WITHOUT_EFFECT and flag not in backend_options:
-            report.warn(f"{variable} has no effect here: no answer depends on it")
-        elif variable.startswith(VLLM_PREFIX) and flag in VLLM_WITHOUT:
-            report.warn(f"{variable} has no effect here: {VLLM_WITHOUT[flag]}")
-        elif variable.startswith(VLLM_PREFIX):
-            positive = flag.removeprefix("no_")
-            if positive != flag and KEYS.get(key_from_command_line(flag)) is None:
-                flag, text = positive, "false" if text.strip().lower() in TRUE else ""
-            yield from _written(variable, key_from_command_line(SAME.get(flag, flag)), text)
+        elif text.strip() and variable.startswith(VLLM_PREFIX):
+            yield from _vllm(variable, text, report, backend_options)
+
+
+def _vllm(variable: str, text: str, report: Report, backend_options: Collection[str]) -> Iterator[RawValue]:
+    flag = variable.removeprefix(VLLM_PREFIX).lower()
+    unread = flag in WITHOUT_EFFECT and flag not in backend_options
+    if (reason := "no answer depends on it" if unread else VLLM_WITHOUT.get(flag)) is not None:
+        report.warn(f"{variable} has no effect here: {reason}")
+        return
+    positive = flag.removeprefix("no_")
+    if positive != flag and key_from_command_line(flag) not in KEYS:
+        flag, text = positive, "false" if text.strip().lower() in TRUE else ""
+    yield from _written(variable, key_from_command_line(SAME.get(flag, flag)), text)
 
 
 def _sglang(variable: str, text: str, report: Report) -> Iterator[RawValue]:
