@@ -1,7 +1,7 @@
 """Settings of LMI that mean something else here: names without effect, older names, and what LMI combines.
 
-LMI writes `rolling_batch=disable` in two senses. Alone, requests run one after the other; together with its
-asynchronous mode or an asynchronous handler, the engine batches by itself, so LMI's own queue must not.
+In LMI, `rolling_batch=disable` has two meanings. Alone, requests run one after the other. Together with LMI's
+asynchronous mode or an asynchronous handler, the engine batches by itself, so that LMI's own queue must not.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ class LmiHandler:
 
     Attributes:
         vllm: It runs vLLM.
-        asynchronous: It batches by itself, whatever rolling_batch says.
+        asynchronous: It batches by itself, even with rolling_batch=disable.
         note: Why something else serves instead.
         refused: Nothing here can replace it.
     """

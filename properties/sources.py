@@ -1,8 +1,7 @@
 """Reads the places where options are written, AWS's vLLM and SGLang containers' variables included.
 
-Nothing is judged here except whether it can be read. A container's variable stands for a flag,
-`SM_VLLM_MAX_MODEL_LEN` for `--max-model-len`. vLLM's names are those of its command line, which are options
-here as well. SGLang's are translated where there is an option with the same meaning.
+Only what cannot be read is a problem here. A container's variable stands for a flag, `SM_VLLM_MAX_MODEL_LEN` for
+`--max-model-len`. vLLM's flags are options here as well; SGLang's are translated where an option means the same.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class RawValue:
         location: See `Source.location`.
         rank: Among values of one level, those with the lowest rank count.
         variable: The environment variable, if it has its own name.
-        name: What was written, if the key is that of another option for which it stands.
+        name: The name as written, if `key` is the option for which it stands.
     """
 
     level: Level
@@ -210,7 +209,7 @@ def read_containers(
 ) -> Iterator[RawValue]:
     """Read the variables as the containers do: "true" sets a switch, and "false" omits a flag that is not a switch.
 
-    backend_options: see `Configuration`. The backend takes those flags without effect that it knows.
+    backend_options: see `Configuration`. A flag without effect is passed on if the backend knows it.
     """
     for variable, text in environ.items():
         if text.strip() and variable.startswith(SGLANG_PREFIX):

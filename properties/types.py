@@ -78,7 +78,7 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 def _origin(name: str) -> None:
-    """Refuse what no browser sends, since an Origin header is compared character by character."""
+    """Refuse origins that no browser sends, since an Origin header is compared character by character."""
     if name in ("*", "null"):
         return
     found = _ORIGIN.fullmatch(name)

@@ -81,7 +81,7 @@ def read_default_sampling(generation: dict[str, Any]) -> dict[str, float | int]:
 
 
 def _changes(field: str, value: object) -> bool:
-    """Forced tokens, `true` and any time always change something; of other values, 0 and 1 are what `generate` does anyway."""
+    """Forced tokens, `true` and a time limit always change something; other values do unless they are 0 or 1."""
     if field.startswith("forced_") or value is True or field == "max_time":
         return value not in (None, [])
     return value not in (None, 0, 1, [], {})
