@@ -18,6 +18,7 @@ from properties.lmi import RENAMED, ignored_because
 from properties.names import KEYS, OPTIONS, PREFIX, key_from_command_line, nearest
 from properties.settings import Settings
 from properties.sources import SAME, VLLM_WITHOUT, WITHOUT_EFFECT
+from properties.vllm_arguments import VLLM_ABSENT, VLLM_ARGUMENTS
 
 SHORT = {"-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-size", "-q": "--quantization"}
 
@@ -137,9 +138,10 @@ class _Reader:
         """Return what to do about a flag that is not known."""
         if (instead := VLLM_WITHOUT.get(name)) is not None:
             return instead
+        if name in VLLM_ARGUMENTS and not self._more:
+            return f"it is a flag of {VLLM_ABSENT}"
         near = nearest(PREFIX + name, Level.COMMAND_LINE, self._more)
-        hint = f"did you mean --{near.replace('_', '-')}?" if near else "docs/configuration.md lists all flags"
-        return hint if self._more else f"{hint} (vLLM's own are known where vLLM is installed)"
+        return f"did you mean --{near.replace('_', '-')}?" if near else "docs/configuration.md lists all flags"
 
     def _value(self, flag: str, name: str) -> str:
         """Return the arguments after a flag that are its value."""

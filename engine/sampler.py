@@ -10,6 +10,7 @@ preemption, or on how the prompt was cut.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -87,7 +88,7 @@ class Sampler:
             tokens[rows] = best(logits[rows])
         if edited:
             rows = self._index(edited)
-            tokens[rows] = best(self._edit(_select(logits, rows), [states[r] for r in edited]))
+            tokens[rows] = best(self.edit(_select(logits, rows), [states[r] for r in edited]))
         if drawn:
             rows = self._index(drawn)
             tokens[rows] = self._draw(_select(logits, rows), [states[r] for r in drawn])
@@ -96,7 +97,7 @@ class Sampler:
             tokens[rows] = self._draw_warped(_select(logits, rows), [states[r] for r in warped])
         return tokens
 
-    def _edit(self, logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    def edit(self, logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
         """Float32 scores [S, V] after penalties, bias and masks; `logits` itself if there are none."""
         dry, repetition, penalties, bias, mask = (
             LogitsEdits(),
@@ -154,7 +155,7 @@ class Sampler:
         parameters = self._send(torch.tensor(host, dtype=torch.float64))
         temperature, top_k, top_p, min_p, typical_p, uniform = parameters.unsqueeze(-1).unbind(1)
         top_k = torch.where(top_k > 0, top_k, self._vocab_size).clamp_max(self._vocab_size)
-        mass = masses(self._edit(logits, states), temperature)
+        mass = masses(self.edit(logits, states), temperature)
         cut = [row for row, (_, k, p, least, _, _) in enumerate(host) if k > 0 or p < 1.0 or least > 0.0]
         if cut:
             rows = self._index(cut)
@@ -172,7 +173,7 @@ class Sampler:
         warpings = [state.warping for state in states if state.warping is not None]
         host = [(*w.values(len(s.output_token_ids)), s.uniform) for w, s in zip(warpings, states, strict=True)]
         parameters = self._send(torch.tensor(host, dtype=torch.float64))
-        mass = warp(self._edit(logits, states), warpings, parameters[:, :-1])
+        mass = warp(self.edit(logits, states), warpings, parameters[:, :-1])
         tokens = pick(mass, parameters[:, -1:])
         if any(warping.mirostat for warping in warpings):
             for warping, surprise in zip(warpings, surprises(mass, tokens).tolist(), strict=True):
@@ -190,14 +191,21 @@ class Sampler:
 def prompt_logprobs(logits: Tensor, next_token_ids: Sequence[int], k: int) -> list[Logprobs]:
     """Compute the log probability of each prompt token given those before it.
 
+    An image's placeholder may lie outside the vocabulary; its probability is 0.
+
     Args:
         logits: [T, V], one row for each position.
         next_token_ids: The T tokens that follow those positions.
         k: Number of best tokens to report beside each token.
     """
     assert len(logits) == len(next_token_ids)
-    chosen = torch.tensor(next_token_ids, dtype=torch.int64, device=logits.device)
-    return [_unpack_logprobs(row, k) for row in _pack_logprobs(logits, chosen, k).tolist()]
+    vocab_size = logits.shape[1]
+    chosen = torch.tensor(next_token_ids, dtype=torch.int64, device=logits.device).clamp_max(vocab_size - 1)
+    entries = [_unpack_logprobs(row, k) for row in _pack_logprobs(logits, chosen, k).tolist()]
+    for token_id, entry in zip(next_token_ids, entries, strict=True):
+        if token_id >= vocab_size:
+            entry.token_ids[0], entry.logprobs[0], entry.ranks[0] = token_id, -math.inf, vocab_size
+    return entries
 
 
 def _select(table: Tensor, rows: Tensor) -> Tensor:

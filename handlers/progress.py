@@ -98,7 +98,7 @@ def shown(tell: Callable[[Progress], None], seconds: float) -> Iterator[Progress
 
 
 @contextmanager
-def shown_to_script() -> Iterator[None]:
+def shown_to_script(log_seconds: float = LOG_SECONDS) -> Iterator[None]:
     """Report progress as a library does: a line on standard error if that is a terminal, else in the log."""
     terminal = sys.stderr.isatty()
 
@@ -111,7 +111,7 @@ def shown_to_script() -> Iterator[None]:
             logger.info("loading the model: %s", progress)
 
     try:
-        with shown(tell, TERMINAL_SECONDS if terminal else LOG_SECONDS):
+        with shown(tell, TERMINAL_SECONDS if terminal else log_seconds):
             yield
     finally:
         if terminal:

@@ -30,7 +30,7 @@ class Supervised(Protocol):
         """Wait until it must be replaced; return the reason, for example "ended with code -9"."""
 
     async def stop(self) -> None:
-        """Stop whatever of it still runs. Safe to call twice, also after the first call was cancelled."""
+        """Stop what still runs of it. Safe to call twice, also after the first call was cancelled."""
 
 
 T = TypeVar("T", bound=Supervised)
@@ -46,6 +46,7 @@ class Supervisor(Generic[T]):
         *,
         retry_threshold: int,
         start_seconds: float | None = None,
+        first_pause_seconds: float = FIRST_PAUSE_SECONDS,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
         """Prepare to keep something running; `start` starts it.
@@ -56,6 +57,7 @@ class Supervisor(Generic[T]):
             retry_threshold: The number of failures in a row, with no answered request between them, after which it is
                 still restarted.
             start_seconds: The time limit of one restart.
+            first_pause_seconds: The pause before the second restart in a row.
             changed: Called when `current` has been lost or replaced, and when no further restart is tried.
         """
         self._name = name
@@ -64,13 +66,13 @@ class Supervisor(Generic[T]):
         self._changed = changed
         self._keeping: asyncio.Task[None] | None = None
         self._stopping: T | None = None
-        self._tries = Restarts(retry_threshold)
+        self._tries = Restarts(retry_threshold, first_pause_seconds)
         self.current: T | None = None
         self.restarts = 0
         self.given_up = False
 
     async def start(self) -> T:
-        """Start the first one and keep it running from now on. Raises whatever the given `start` raises."""
+        """Start the first one and keep it running from now on. Raises what the given `start` raises."""
         self.current = first = await self._start()
         self._keeping = asyncio.create_task(self._keep(), name=f"keep {self._name}")
         return first
@@ -163,9 +165,10 @@ class Restarts:
     they are available. It says nothing about the child, so it is not counted.
     """
 
-    def __init__(self, most_failures: int) -> None:
+    def __init__(self, most_failures: int, first_pause_seconds: float = FIRST_PAUSE_SECONDS) -> None:
         """most_failures: how many in a row, with no answered request between them, are still followed by a restart."""
         self._most_failures = most_failures
+        self._first_pause_seconds = first_pause_seconds
         self._waits = 0
         self.failures = 0
         self.short: str | None = None
@@ -182,7 +185,7 @@ class Restarts:
         if number <= 1:
             return 0.0
         longest = LONGEST_PAUSE_SECONDS if self.short is None else LONGEST_WAIT_SECONDS
-        return min(longest, FIRST_PAUSE_SECONDS * 2.0 ** min(number - 2, 16))
+        return min(longest, self._first_pause_seconds * 2.0 ** min(number - 2, 16))
 
     def died(self, *, served: bool) -> None:
         """Count a death. served: whether it had answered a request, which ends the row of failures before."""

@@ -1,4 +1,4 @@
-"""From what was written to one value per option: precedence, names, types, and everything that is wrong."""
+"""Resolves what the user wrote to one value per option: precedence, names, types, and everything that is wrong."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
-from properties.field import TRUE, Allowed, Level
+from properties.field import TRUE, Level
 from properties.lmi import REPLACED_BECAUSE, SILENT, TRUE_MEANS, Meaning, ignored_because, taken_together
 from properties.names import KEYS, OPTIONS, PREFIX, key_of, nearest
 from properties.problem import DEFAULT, MASK, Report, Source, assigned
 from properties.settings import Settings
 from properties.sources import RawValue
+from properties.types import Allowed
+from properties.vllm_arguments import VLLM_ABSENT, VLLM_ARGUMENTS
 
 
 @dataclass(frozen=True)
 class Sourced:
-    """A value that the schema does not know, and where it was written."""
+    """The value of a name that the schema does not know."""
 
     value: str
     source: Source
@@ -102,15 +104,15 @@ def _expanded(written: Iterable[RawValue], result: Resolution) -> Iterator[RawVa
 
 
 def _address(item: RawValue, result: Resolution) -> Iterator[RawValue]:
+    host = port = None
     try:
         url = urlsplit(item.raw.strip())
-        host, port = url.hostname, url.port
+        if url.scheme == "http":
+            host, port = url.hostname, url.port
     except ValueError:
-        host = port = None
-        url = urlsplit("")
-    if url.scheme != "http" or host is None:
-        written = assigned(item.key, repr(item.raw.strip()), item.location)
-        result.problem(f"{written}: allowed: http://HOST:PORT")
+        host = None
+    if host is None:
+        result.problem(f"{assigned(item.key, repr(item.raw.strip()), item.location)}: allowed: http://HOST:PORT")
         return
     yield replace(item, key="host", raw=host, rank=1)
     if port is not None:
@@ -190,7 +192,7 @@ def _validate(meaning: Meaning, result: Resolution) -> None:
     result.sources = {
         name: _source(name, item)
         for name, item in chosen.items()
-        if name in bad or getattr(result.settings, name) is not None  # None: a word that means as if not written
+        if name in bad or getattr(result.settings, name) is not None  # None, as of auto, counts as not written
     }
 
 
@@ -203,15 +205,18 @@ def _bad_value(name: str, item: RawValue, detail: str) -> str:
 def _report_unknown(unknown: Sequence[RawValue], result: Resolution, backend_options: Collection[str]) -> None:
     """Report each as a warning, or as a problem with strict_options. The value is not shown: it may be a secret."""
     for item in unknown:
-        if not (item.key.startswith(PREFIX) and item.key.removeprefix(PREFIX) in backend_options):
-            known = nearest(item.key, item.level, backend_options)
+        name = item.key.removeprefix(PREFIX) if item.key.startswith(PREFIX) else None
+        if name not in backend_options:
             alone = item.level in (Level.ENVIRONMENT, Level.CONTAINER)
             written = item.location if alone else f"{item.key} ({item.location})"
-            meant = f"; did you mean {known}?" if known else ""
+            if name in VLLM_ARGUMENTS and not backend_options:
+                reason = f"an option of {VLLM_ABSENT}"
+            else:
+                known = nearest(item.key, item.level, backend_options)
+                reason = f"no such option; did you mean {known}?" if known else "no such option"
             report = result.problem if result.settings.strict_options else result.warn
-            report(f"{written}: no such option{meant}")
-        if item.key.startswith(PREFIX):
-            name = item.key.removeprefix(PREFIX)
+            report(f"{written}: {reason}")
+        if name is not None:
             before = result.extra.get(name)
             if before is None or item.level < before.source.level:
                 result.extra[name] = Sourced(item.raw.strip(), Source(item.level, item.location, item.raw))

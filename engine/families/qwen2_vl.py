@@ -40,9 +40,6 @@ MOST_ASPECT = 200
 
 _LIMITS = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
 
-ENCODE_PATCHES = 1 << 14
-"""Greatest number of patches encoded in one call, unless a single image has more: one image can have 65,536."""
-
 
 class Qwen2VLMetadata(Metadata, kw_only=True):
     """Metadata of a Qwen2-VL model.
@@ -182,12 +179,15 @@ class Qwen2VLPreprocessor(Preprocessor[Qwen2VLMetadata]):
 class Qwen2VLModel(FamilyModel):
     position_axes = 3
 
+    encode_patches = 1 << 14
+    """Greatest number of patches encoded in one call, unless a single image has more: one image can have 65,536."""
+
     def encode(self, images: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
         import torch
 
         frames = self.model.config.vision_config.temporal_patch_size
         rows: list[torch.Tensor] = []
-        for some in _bounded(images):
+        for some in _bounded(images, self.encode_patches):
             patches = torch.cat([image["pixel_values"] for image in some])
             features = self.model.model.get_image_features(
                 pixel_values=patches.reshape(len(patches), 3, 1, -1).expand(-1, -1, frames, -1).flatten(1),
@@ -203,13 +203,13 @@ class Qwen2VLModel(FamilyModel):
         return rows
 
 
-def _bounded(images: Sequence[dict[str, torch.Tensor]]) -> Iterator[list[dict[str, torch.Tensor]]]:
-    """Group images so that a group has at most ENCODE_PATCHES patches, or one image."""
+def _bounded(images: Sequence[dict[str, torch.Tensor]], most: int) -> Iterator[list[dict[str, torch.Tensor]]]:
+    """Group images so that a group has at most `most` patches, or one image."""
     group: list[dict[str, torch.Tensor]] = []
     patches = 0
     for image in images:
         own = len(image["pixel_values"])
-        if group and patches + own > ENCODE_PATCHES:
+        if group and patches + own > most:
             yield group
             group, patches = [], 0
         group.append(image)

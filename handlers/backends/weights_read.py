@@ -32,28 +32,33 @@ _ENTRIES = 2**17
 
 
 @asynccontextmanager
-async def weights_told(folder: Path, roots: Callable[[], Iterable[int]]) -> AsyncIterator[None]:
+async def weights_told(
+    folder: Path, roots: Callable[[], Iterable[int]], look_seconds: float = LOOK_SECONDS
+) -> AsyncIterator[None]:
     """Report to the progress of the current load how far an engine is, while the context is open.
 
     Args:
         folder: Directory of the model.
         roots: Returns the ids of the engine's processes; their descendants are looked at, too.
+        look_seconds: The shortest pause between two looks.
     """
-    telling = asyncio.create_task(_tell(folder, roots, progress.current()))
+    telling = asyncio.create_task(_tell(folder, roots, progress.current(), look_seconds))
     try:
         yield
     finally:
         telling.cancel()
 
 
-async def _tell(folder: Path, roots: Callable[[], Iterable[int]], loading: progress.Progress) -> None:
+async def _tell(
+    folder: Path, roots: Callable[[], Iterable[int]], loading: progress.Progress, look_seconds: float
+) -> None:
     weights = await asyncio.to_thread(WeightsRead, folder)
-    looks_without, pause = 0, LOOK_SECONDS
+    looks_without, pause = 0, look_seconds
     while True:
         await asyncio.sleep(pause)
         began = time.monotonic()
         mapped = await asyncio.to_thread(weights.look, roots())
-        pause = max(LOOK_SECONDS, 4 * (time.monotonic() - began))  # some 25 ms a GiB
+        pause = max(look_seconds, 4 * (time.monotonic() - began))  # some 25 ms a GiB
         if mapped:
             loading.begin("weights", weights.total, ago=pause)
             loading.done, looks_without = weights.done, 0

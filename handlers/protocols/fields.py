@@ -150,10 +150,10 @@ def sampler_names(asked: SamplerFields) -> dict[str, str]:
 def sampling_params(
     given: Mapping[str, Any], defaults: Mapping[str, Any], names: Mapping[str, str] | None = None
 ) -> RequestSampling:
-    """Return the client's values over the model's defaults; None counts as not given.
+    """Return the client's values over the defaults; None counts as not given.
 
     The seed -1 means none, as in vLLM; another negative one, which OpenAI allows, stands for the seed 2^63 above it.
-    names: as in `Task`.
+    A default `max_tokens` bounds `min_tokens` as the client's own does, as in vLLM. names: as in `Task`.
 
     Raises:
         InvalidRequest: A value is not allowed.
@@ -166,18 +166,21 @@ def sampling_params(
             if not -MAX_SEED - 1 <= seed <= MAX_SEED:
                 raise InvalidParameter("seed", "must be a whole number from -2^63 to 2^63-1")
             values["seed"] = None if seed == -1 else seed & MAX_SEED
-        return _checked(RequestSampling(**values))
+        params = RequestSampling(**values)
+        try:
+            params.validate()
+        except ValueError as error:
+            name, _, problem = str(error).partition(" ")
+            raise InvalidParameter(name, problem) from error
+        if params.max_tokens is not None and params.min_tokens > params.max_tokens:
+            most = (names or {}).get("max_tokens", "max_tokens")
+            default = "" if given.get("max_tokens") is not None else " unless the request sets it"
+            raise InvalidParameter(
+                "min_tokens", f"is {params.min_tokens}; allowed: at most {most}, which is {params.max_tokens}{default}"
+            )
     except InvalidRequest as error:
         error.rename(names or {})
         raise
-
-
-def _checked(params: RequestSampling) -> RequestSampling:
-    try:
-        params.validate()
-    except ValueError as error:
-        name, _, problem = str(error).partition(" ")
-        raise InvalidParameter(name, problem) from error
     return params
 
 

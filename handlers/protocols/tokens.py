@@ -16,7 +16,6 @@ from msgspec import Meta
 
 from handlers.deltas import TokenizedPrompt
 from handlers.errors import DeadlineExceeded, InvalidRequest
-from handlers.pipeline import longest_prompt
 from handlers.protocols.base import JSON, Api, Route, ServerContext, Task, TokenCount, TokenId
 from handlers.protocols.body import KnownNames, convert, warning
 from handlers.protocols.lmi.replies import LmiError
@@ -24,6 +23,7 @@ from handlers.protocols.markdown_images import image_parts
 from handlers.protocols.openai.replies import OPENAI_ERRORS, OpenAIError
 from handlers.protocols.openai.requests import ChatBody, read_chat
 from handlers.request import Incoming, Prompt, Reply, RequestFacts, TextPrompt, media_parts
+from handlers.request_checks import longest_prompt
 
 if TYPE_CHECKING:
     from handlers.service import Service

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import struct
@@ -23,12 +24,13 @@ import pytest
 from PIL import Image
 
 from handlers.errors import ImageTooLarge, Unavailable
-from handlers.images import ImageProblem, decoder_pool
-from handlers.images.decoder import FORMATS, REUSED_BYTES, PixelMemory, decode, new_memory
+from handlers.images import ImageProblem
+from handlers.images.decoder import FORMATS, decode
 from handlers.images.decoder_pool import DecoderPool, TimeLimits
 from handlers.images.formats import Header, read_header
 from handlers.images.limits import ImageLimits
 from handlers.images.loader import ImageLoader
+from handlers.images.pixel_memory import REUSED_BYTES, PixelMemory, new_memory
 from handlers.request import ImagePart
 from tests.attack import corpus
 from tests.support.live import LiveServer, chat_body, children_running, data_url
@@ -488,20 +490,22 @@ with_pool(work)
     assert "could not be set: Operation not permitted" in ran.stderr
 
 
-def test_a_decoder_that_gets_no_memory_for_pixels_leaves_no_descriptor(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_decoder_that_gets_no_memory_for_pixels_leaves_no_descriptor() -> None:
     async def work(pool: DecoderPool) -> None:
+        file = saved(noise(1), "PNG")
         await asyncio.sleep(0)
         gc.collect()
-        before = psutil.Process().num_fds()
-        for _ in range(3):
-            monkeypatch.setattr(decoder_pool, "REUSED_BYTES", 0)  # which cannot be mapped
-            with pytest.raises(Unavailable, match="images cannot be decoded now"):
-                await pool.measure(saved(noise(1), "PNG"))
-        assert psutil.Process().num_fds() <= before
-        monkeypatch.undo()
-        assert (await decoded(pool, saved(noise(1), "PNG"))).size == (64, 64)
+        this = psutil.Process()
+        before, limits = this.num_fds(), resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (this.memory_info().vms + REUSED_BYTES // 2, limits[1]))
+        try:
+            for _ in range(3):
+                with pytest.raises(Unavailable, match="images cannot be decoded now"):
+                    await pool.measure(file)
+            assert this.num_fds() <= before
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, limits)
+        assert (await decoded(pool, file)).size == (64, 64)
 
     with_pool(work)
 
@@ -558,7 +562,7 @@ def test_the_cheap_look_at_a_header_finds_what_pillow_finds(file: bytes) -> None
 
 
 def test_a_decoder_loads_little_and_takes_little_memory() -> None:
-    script = "import sys, handlers.images.decoder; print(*sys.modules)"
+    script = "import sys, handlers.images.decoder_process; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     for heavy in ("asyncio", "pydantic", "torch", "transformers", "msgspec", "numpy", "ssl", "engine"):
         assert heavy not in loaded

@@ -4,15 +4,15 @@ on company."""
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from engine.engine import Engine
-from engine.errors import EngineError
+from engine.engine import ENCODE_PER_STEP, Engine
+from engine.errors import EngineError, ModelLoadError
 from engine.messages import Add, Logprobs
 from engine.sampling_params import SamplingParams
 from engine.sampling_state import SamplingState
@@ -124,6 +124,26 @@ def test_a_request_with_nan_fails_alone_and_poisons_nobody_later(path: Path, ora
     for start in range(0, 60, 7):
         prompt = Prompt(list(range(start, start + 61)))
         assert one(engine, prompt.add(None, greedy())).token_ids == oracle.generate(prompt, 12)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (
+            lambda weights: weights.fill_(float("nan")),
+            "its logits are NaN or infinite; its weights are damaged, or too",
+        ),
+        (lambda weights: setattr(weights, "data", weights.data[:, 1:]), "its first step failed, as logged above"),
+    ],
+)
+def test_a_model_that_cannot_generate_is_refused_before_any_request(
+    engine: Engine, damage: Callable[[torch.Tensor], object], said: str
+) -> None:
+    with torch.no_grad():
+        damage(engine.runner.model.head.weight)  # type: ignore[arg-type]
+    with pytest.raises(ModelLoadError, match=said) as refused:
+        engine.warm_up()
+    assert "request" not in str(refused.value), "an operator has sent none"
 
 
 def test_a_step_that_raises_for_one_request_is_finished_for_the_others(
@@ -384,14 +404,12 @@ def test_the_encoder_cache_keeps_to_its_budget(path: Path, oracle: Oracle) -> No
         assert engine.runner.encoder_cache.used_bytes <= 2 * one_image
 
 
-def test_more_images_in_a_chunk_than_a_step_encodes_are_no_dead_end(
-    path: Path, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_images_in_a_chunk_than_a_step_encodes_are_no_dead_end(tmp_path: Path, oracle: Oracle) -> None:
     """With no room in the cache, images encoded in one step would be forgotten before the next."""
-    monkeypatch.setattr("engine.engine.ENCODE_PER_STEP", 2)
-    prompt = Prompt([random_image(0), random_image(1), random_image(2), 1, 2])
+    prompt = Prompt([*map(random_image, range(ENCODE_PER_STEP + 1)), 1, 2])
     add = prompt.add(oracle.preprocessor, greedy(max_tokens=4))
-    engine = load_engine(path, encoder_cache_bytes=0)
+    longer = make_llava(tmp_path, max_position_embeddings=1024)
+    engine = load_engine(longer, encoder_cache_bytes=0)
     results = run_all(engine, [add, text(1, 2, 3)], max_steps=100)
     assert results[0].token_ids == oracle.generate(prompt, 4)
 

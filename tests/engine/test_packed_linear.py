@@ -14,6 +14,7 @@ from engine.machine import computes_bfloat16
 from engine.native.library import multiplies_bfloat16
 from engine.packed_linear import (
     FEW_ROWS,
+    SMALLEST,
     FewRowsLinear,
     HalfLinear,
     Int8Linear,
@@ -23,6 +24,7 @@ from engine.packed_linear import (
     quantize,
 )
 from engine.tensor_parallel import Ranks, _cut
+from tests.support.models import make_llava
 
 
 class Layers(torch.nn.Module):
@@ -159,12 +161,14 @@ def test_a_hook_of_a_layer_still_runs() -> None:
     assert not layers.large(torch.ones(2, 640)).any()
 
 
-def test_a_loaded_model_on_a_cpu_is_packed(tiny_llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_linear, "SMALLEST", 1)
-    loaded = load_model(EngineConfig(model_path=str(tiny_llava), dtype="float32"), torch.device("cpu"))
-    linears = [m for m in loaded.model.modules() if isinstance(m, torch.nn.Linear)]
-    assert linears
-    assert all(isinstance(linear, PackedLinear) for linear in linears)
+def test_the_large_layers_of_a_loaded_model_on_a_cpu_are_packed(tmp_path: Path) -> None:
+    path = make_llava(tmp_path, hidden_size=512, intermediate_size=512)
+    loaded = load_model(EngineConfig(model_path=str(path), dtype="float32"), torch.device("cpu"))
+    linears = {name: m for name, m in loaded.model.named_modules() if isinstance(m, torch.nn.Linear)}
+    large = {name for name, m in linears.items() if m.in_features * m.out_features >= SMALLEST}
+    assert large == {name for name, m in linears.items() if isinstance(m, PackedLinear)} < linears.keys()
+    assert any("projector" in name for name in large), "what is not in the decoder is packed, too"
+    assert any("layers.1.mlp" in name for name in large)
 
 
 def test_bfloat16_is_packed_only_where_the_cpu_can(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +252,7 @@ def test_a_cpu_that_does_not_multiply_8_bits_is_told(tiny_llava: Path, monkeypat
     def refuse(*_: object) -> torch.Tensor:
         raise RuntimeError("could not create a primitive descriptor")
 
-    monkeypatch.setattr(packed_linear, "_int8_product", refuse)
+    monkeypatch.setattr(torch.ops.onednn, "qlinear_pointwise", refuse)
     config = EngineConfig(model_path=str(tiny_llava), dtype="float32", int8=True)
     with pytest.raises(ModelLoadError, match="int8 does not work on this CPU; leave it out: could not create"):
         load_model(config, torch.device("cpu"))

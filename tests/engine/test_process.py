@@ -261,11 +261,7 @@ def test_an_engine_that_hangs_is_killed_and_restarted(llava: Path) -> None:
     asyncio.run(scenario())
 
 
-def test_a_crash_loop_is_given_up_although_the_watchdog_asks_in_between(
-    llava: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("handlers.backends.rolling.engine_client.PING_SECONDS", 0.05)
-
+def test_a_crash_loop_is_given_up_although_the_watchdog_asks_in_between(llava: Path) -> None:
     async def scenario() -> None:
         async with running_group([config(llava)], retry_threshold=1) as group:
             async with asyncio.timeout(90):

@@ -54,7 +54,7 @@ def answered(logits: torch.Tensor, states: list[SamplingState]) -> list[Logprobs
 
 
 def edited(logits: torch.Tensor, states: list[SamplingState]) -> torch.Tensor:
-    return Sampler(logits.shape[-1], CPU)._edit(logits, states)
+    return Sampler(logits.shape[-1], CPU).edit(logits, states)
 
 
 def column(value: float, rows: int) -> torch.Tensor:

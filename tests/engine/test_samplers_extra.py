@@ -32,8 +32,8 @@ from handlers.backends.vllm.sampling import (
     to_vllm,
 )
 from handlers.errors import InvalidRequest
-from handlers.pipeline import DRY_BREAKERS, tokenise_words
 from handlers.request import RequestSampling
+from handlers.request_checks import DRY_BREAKERS, tokenise_words
 from tests.support.engine_driver import EOS as MODELS_EOS
 from tests.support.engine_driver import load_engine, run_all
 from tests.support.models import make_llava, make_tokenizer
@@ -57,7 +57,7 @@ def sample(logits: torch.Tensor, states: list[SamplingState]) -> list[int]:
 
 def distribution(logits: torch.Tensor, states: list[SamplingState]) -> Row:
     """The probabilities that the sampler draws from."""
-    scores = Sampler(logits.shape[-1], CPU)._edit(logits, states)
+    scores = Sampler(logits.shape[-1], CPU).edit(logits, states)
     warpings = [state.warping for state in states]
     assert all(warpings)
     values = torch.tensor(
@@ -378,7 +378,7 @@ class TestRepetition:
     def test_ngrams_are_transformers(self, size: int) -> None:
         logits = random_logits(1, 10)
         prompt, output = [1, 2, 3, 1, 2, 4, 1, 2], [3, 1, 2]
-        ours = Sampler(10, CPU)._edit(logits, [state(prompt, output, no_repeat_ngram_size=size)])
+        ours = Sampler(10, CPU).edit(logits, [state(prompt, output, no_repeat_ngram_size=size)])
         theirs = NoRepeatNGramLogitsProcessor(size)(torch.tensor([prompt + output]), logits.clone())
         assert torch.equal(ours, theirs)
 
@@ -386,7 +386,7 @@ class TestRepetition:
         logits = torch.zeros(1, 6)
         text = [4, 5, 3, 4, 5]
         one = state(text, [], dry_multiplier=2.0, dry_base=3.0, dry_allowed_length=1, repetition_penalty=2.0)
-        got = Sampler(6, CPU)._edit(logits, [one])[0].tolist()
+        got = Sampler(6, CPU).edit(logits, [one])[0].tolist()
         assert got[3] == pytest.approx(-2.0 * 3.0 * 2.0)
         assert got[:3] == [0.0, 0.0, 0.0]
 
@@ -420,7 +420,7 @@ class TestRepetition:
         words = ((4,), (5, 6), (1, 2, 3))
 
         def masked(output: list[int]) -> list[int]:
-            row = Sampler(10, CPU)._edit(logits, [state([1, 2, 5], output, bad_words_token_ids=words)])[0]
+            row = Sampler(10, CPU).edit(logits, [state([1, 2, 5], output, bad_words_token_ids=words)])[0]
             return np.flatnonzero(np.isneginf(row.numpy())).tolist()
 
         assert masked([]) == [4]
@@ -430,7 +430,7 @@ class TestRepetition:
         assert masked([6, 5, 9]) == [4]
 
     def test_masks_add_up(self) -> None:
-        got = Sampler(10, CPU)._edit(
+        got = Sampler(10, CPU).edit(
             torch.zeros(2, 10),
             [
                 state([], [7], allowed_token_ids=(EOS, 3, 7, 99), min_tokens=2, no_repeat_ngram_size=1),

@@ -50,10 +50,7 @@ def test_a_load_reports_to_whom_it_belongs_and_only_while_it_lasts() -> None:
     assert progress.current() is not loading
 
 
-def test_a_script_without_a_terminal_finds_it_in_the_log(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(progress, "LOG_SECONDS", 0.001)
+def test_a_script_without_a_terminal_finds_it_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     logged = threading.Event()
 
     class Seen(logging.Handler):
@@ -63,7 +60,7 @@ def test_a_script_without_a_terminal_finds_it_in_the_log(
     handler = Seen()
     with caplog.at_level(logging.INFO, "handlers.progress"):
         logging.getLogger("handlers.progress").addHandler(handler)
-        with progress.shown_to_script():
+        with progress.shown_to_script(log_seconds=0.001):
             progress.current().begin("", 3 << 30)
             assert logged.wait(10)
         logging.getLogger("handlers.progress").removeHandler(handler)

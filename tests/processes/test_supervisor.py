@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from processes import supervisor as module
 from processes.supervisor import Supervisor, why_down
 
 
@@ -36,9 +35,8 @@ class House:
         self.errors: list[Exception] = []
         self.hanging = False
         self.news = asyncio.Event()
-        self.supervisor = Supervisor(
-            "it", self.start, retry_threshold=retry_threshold, changed=self.news.set, **options
-        )
+        options |= {"retry_threshold": retry_threshold, "first_pause_seconds": 0.001}
+        self.supervisor = Supervisor("it", self.start, changed=self.news.set, **options)
 
     async def start(self) -> Scripted:
         if self.errors:
@@ -57,11 +55,6 @@ class House:
             while self.supervisor.current in (one, None) and not self.supervisor.given_up:
                 self.news.clear()
                 await self.news.wait()
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FIRST_PAUSE_SECONDS", 0.001)
 
 
 def run(scenario: Any) -> None:

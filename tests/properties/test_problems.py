@@ -61,6 +61,25 @@ def test_nothing_is_suggested_for_what_is_like_nothing() -> None:
     assert [str(warning) for warning in found.warnings] == ["OPTION_ZZZ: no such option"]
 
 
+def test_an_option_of_vllm_is_told_from_a_misspelt_one_where_vllm_is_not_installed() -> None:
+    found = configure("kv_cache_metrics=true", OPTION_HF_OVERRIDES="{}")
+    assert [str(warning) for warning in found.warnings] == [
+        "option.kv_cache_metrics (--option kv_cache_metrics): an option of vLLM, which is not installed here",
+        "OPTION_HF_OVERRIDES: an option of vLLM, which is not installed here",
+    ]
+    known = resolve(
+        model="org/model",
+        environ={"OPTION_HF_OVERRIDES": "{}"},
+        backend_options=frozenset({"hf_overrides"}),
+    )
+    assert known.warnings == []
+    assert [str(warning) for warning in known.unhonoured("rolling")] == [
+        "option.hf_overrides (OPTION_HF_OVERRIDES) has no effect with the rolling backend; honoured by: vllm"
+    ]
+    with pytest.raises(ConfigurationError, match="OPTION_HF_OVERRIDES: an option of vLLM"):
+        configure(SERVING_STRICT_OPTIONS="true", OPTION_HF_OVERRIDES="{}")
+
+
 def test_unknown_options_are_kept_with_their_source() -> None:
     found = configure("stream_interval=2", OPTION_STREAM_INTERVAL="3 ", OPTION_ENABLE_EXPERT_PARALLEL="true")
     assert found.extra["stream_interval"].value == "2"

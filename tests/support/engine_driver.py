@@ -88,12 +88,12 @@ class Oracle:
         text_only = self.preprocessor is None
         loader = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
         self.model: PreTrainedModel = loader.from_pretrained(path, dtype=torch.float32, **options).eval()
-        self._processor = None if text_only else AutoImageProcessor.from_pretrained(path)
+        self.processor = None if text_only else AutoImageProcessor.from_pretrained(path)
         self._inputs = inputs or (lambda processor, images, _: dict(processor(images, return_tensors="pt")))
 
     def inputs(self, prompt: Prompt, ids: torch.Tensor) -> dict[str, Any]:
         """Keyword arguments of the model beside the token ids."""
-        return self._inputs(self._processor, prompt.images, ids) if prompt.images else {}
+        return self._inputs(self.processor, prompt.images, ids) if prompt.images else {}
 
     @torch.inference_mode()
     def generate(self, prompt: Prompt, max_tokens: int, *, ignore_eos: bool = False) -> list[int]:

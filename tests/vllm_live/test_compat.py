@@ -13,6 +13,8 @@ from handlers.backends.select import TESTED_ARCHITECTURES, TESTED_VERSION
 from handlers.backends.vllm import compat
 from handlers.backends.vllm.compat import architectures
 from handlers.errors import InvalidConfiguration
+from properties.names import KEYS, PREFIX
+from properties.vllm_arguments import VLLM_ARGUMENTS
 
 OTHERS = [*map(Path, filter(None, os.environ.get("LMI_TEST_VLLM", "").split(os.pathsep)))]
 """Other versions than the one that serves: unpacked wheels, whose shared libraries are not needed."""
@@ -46,3 +48,10 @@ def test_what_is_said_to_be_served_where_vllm_is_not_installed_is_what_the_teste
     if version is None or not version.startswith(f"{TESTED_VERSION}."):
         pytest.skip("another version than the tested one is installed")
     assert architectures() == TESTED_ARCHITECTURES
+
+
+def test_what_is_said_to_be_vllms_option_where_it_is_not_installed_is_an_option_of_the_tested_one() -> None:
+    if not str(compat.installed_version()).startswith(f"{TESTED_VERSION}."):
+        pytest.skip("another version than the tested one is installed")
+    ours = {key.removeprefix(PREFIX) for key in KEYS}
+    assert compat.engine_argument_names() - ours == VLLM_ARGUMENTS

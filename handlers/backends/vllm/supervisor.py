@@ -9,20 +9,19 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from handlers.backends.base import Health
+from handlers.backends.base import Health, no_engine
 from handlers.backends.vllm.compat import engine_process_ids, expect_the_end, fail_requests, replica_count
 from handlers.backends.vllm.probes import Counters
 from handlers.backends.vllm.processes import ProcessTree, engine_children
+from handlers.errors import stopping
 from processes.guard import Guard
-from processes.supervisor import Supervisor
+from processes.supervisor import FIRST_PAUSE_SECONDS, Supervisor
 
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.25
-"""How often the engine's processes and its latest output are checked."""
 
 IDLE_SECONDS = 30.0
-"""A replica that is silent for so long is asked for a token, even if no request is in flight."""
 
 JOIN_SECONDS = 30.0
 """How long killed processes may take to end and free their memory."""
@@ -37,6 +36,7 @@ class EngineSupervisor(Supervisor["RunningEngine"]):
     Attributes:
         in_flight: How many requests are in flight.
         answered: Whether the engine that serves now has answered a request.
+        closed: Whether `close` has been called.
     """
 
     def __init__(
@@ -50,6 +50,9 @@ class EngineSupervisor(Supervisor["RunningEngine"]):
         loading_seconds: float = 1800.0,
         suspect_seconds: float = 20.0,
         stuck_seconds: float = 300.0,
+        idle_seconds: float = IDLE_SECONDS,
+        look_seconds: float = LOOK_SECONDS,
+        first_pause_seconds: float = FIRST_PAUSE_SECONDS,
     ) -> None:
         """Prepare to keep an engine running; `start` builds the first and raises what `build` and `prepare` raise.
 
@@ -63,14 +66,25 @@ class EngineSupervisor(Supervisor["RunningEngine"]):
             suspect_seconds: How long a replica may be silent, with requests in flight, before the engine counts as not
                 ready. For the first half of that time it is only waited for; then it is asked for a token.
             stuck_seconds: How long the token may take; longer than the engine's longest step.
+            idle_seconds: How long a replica may be silent without requests before it is asked for a token.
+            look_seconds: How often the engine's processes and its latest output are checked.
+            first_pause_seconds: See `Supervisor`.
         """
-        super().__init__("the engine", self._launched, retry_threshold=retry_threshold, start_seconds=loading_seconds)
+        super().__init__(
+            "the engine",
+            self._launched,
+            retry_threshold=retry_threshold,
+            start_seconds=loading_seconds,
+            first_pause_seconds=first_pause_seconds,
+        )
         self.ask = ask
         self.signs = counters.signs
         self.quiet = suspect_seconds / 2
         self.stuck = stuck_seconds
+        self.idle = idle_seconds
+        self.look = look_seconds
         self.in_flight = 0
-        self.answered = False
+        self.answered = self.closed = False
         self._build = build
         self._prepare = prepare
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="vllm-engine")
@@ -79,6 +93,15 @@ class EngineSupervisor(Supervisor["RunningEngine"]):
     @property
     def engine(self) -> Any:
         return None if self.current is None else self.current.engine
+
+    @property
+    def serving(self) -> Any:
+        """The engine that serves now. Raises Unavailable."""
+        if self.closed:
+            raise stopping()
+        if self.engine is None or self.engine.errored:
+            raise no_engine(given_up=self.given_up)
+        return self.engine
 
     def health(self) -> Health:
         """Return whether the engine serves now."""
@@ -90,6 +113,7 @@ class EngineSupervisor(Supervisor["RunningEngine"]):
 
     async def close(self) -> None:
         """End the engine's processes. Never raises; safe to call twice."""
+        self.closed = True
         await super().close()
         await self._guard.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -100,7 +124,7 @@ class EngineSupervisor(Supervisor["RunningEngine"]):
         engine = tree = None
         try:
             while not building.done():  # which takes minutes with a large model
-                await asyncio.wait({building}, timeout=LOOK_SECONDS)
+                await asyncio.wait({building}, timeout=self.look)
                 await self._guard.protect(ProcessTree(engine_children() - others).members)
             engine = building.result()
             tree = ProcessTree(engine_process_ids(engine))
@@ -127,7 +151,7 @@ class EngineSupervisor(Supervisor["RunningEngine"]):
 class RunningEngine:
     """An engine that serves (see `processes.supervisor.Supervised`).
 
-    With data parallelism each replica is watched by itself: one may hang while the others answer.
+    With data parallelism each replica is watched separately: one may hang while the others answer.
 
     Attributes:
         asked: The time since which a replica owes a token, for those that do.
@@ -173,15 +197,15 @@ class RunningEngine:
         while not self.engine.errored:
             if dead := self._tree.dead:
                 return f"lost {dead}"
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(self._owner.look)
         return "process died"
 
     async def _until_silent(self, replica: int) -> str:
         owner = self._owner
         owner.signs[replica] = time.monotonic()
         while True:
-            await asyncio.sleep(min(LOOK_SECONDS, owner.quiet))
-            allowed = owner.quiet if owner.in_flight else max(owner.quiet, IDLE_SECONDS)
+            await asyncio.sleep(min(owner.look, owner.quiet))
+            allowed = owner.quiet if owner.in_flight else max(owner.quiet, owner.idle)
             silent = time.monotonic() - owner.signs[replica]
             if silent > allowed and not await self._answers(replica):
                 which = f" (replica {replica} of {self._replicas})" if self._replicas > 1 else ""
@@ -196,7 +220,7 @@ class RunningEngine:
             while not asking.done() and owner.signs[replica] <= asked:
                 if time.monotonic() - asked > owner.stuck:
                     return False
-                await asyncio.wait({asking}, timeout=LOOK_SECONDS)
+                await asyncio.wait({asking}, timeout=owner.look)
             return True
         finally:
             del self.asked[replica]
@@ -205,15 +229,21 @@ class RunningEngine:
             owner.signs[replica] = max(asked, owner.signs[replica])
 
     async def _until_answered(self, replica: int) -> None:
+        asking = asyncio.current_task()
+        assert asking is not None
         while True:
             try:
                 return await self._owner.ask(self.engine, replica)
+            except asyncio.CancelledError:
+                if asking.cancelling():
+                    raise
+                # vLLM itself has dropped the question, which says nothing about the engine.
             except Exception:
                 # A refusal is no answer, since the requests that a hung engine holds fill its queue. Replicas share one
                 # queue, which the other ones may have filled.
                 if self._replicas > 1:
                     return
-                await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(self._owner.look)
 
 
 def _kill(engine: Any, tree: ProcessTree) -> None:

@@ -329,7 +329,8 @@ def read_completion(
     )
     echo_only = bool(asked.echo) and asked.max_tokens == 0
     names = sampler_names(asked)
-    sampling = sampling_params(_completion_sampling(body, asked, best_of > n, echo_only), server.sampling, names)
+    defaults = server.sampling if "max_tokens" in body else {**server.sampling, "max_tokens": DEFAULT_MAX_TOKENS}
+    sampling = sampling_params(_completion_sampling(asked, best_of > n, echo_only), defaults, names)
     prompts = _prompts(asked.prompt)
     requests = [
         GenerationRequest(
@@ -376,12 +377,10 @@ def _best_of(asked: CompletionBody, n: int, stream: bool) -> int:
     return best_of
 
 
-def _completion_sampling(body: dict[str, Any], asked: CompletionBody, choose: bool, echo_only: bool) -> dict[str, Any]:
+def _completion_sampling(asked: CompletionBody, choose: bool, echo_only: bool) -> dict[str, Any]:
     """Return fields of RequestSampling. choose: answers are chosen by probability. echo_only: none is shown."""
     values = common_sampling(asked)
-    if "max_tokens" not in body:
-        values["max_tokens"] = DEFAULT_MAX_TOKENS
-    elif echo_only:
+    if echo_only:
         values["max_tokens"] = 1
     values["logprobs"] = 0 if asked.logprobs is None and choose else asked.logprobs
     if asked.echo and asked.logprobs is not None:

@@ -18,9 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor, PreTrainedTokenizerFast
 
-from engine.config import EngineConfig
 from engine.errors import ModelLoadError, RequestRejected
-from engine.families import qwen2_vl
 from engine.families.preprocessor import GRID, PreparedImage
 from engine.families.qwen2_vl import Qwen2VLPreprocessor
 from engine.loader import load_preprocessor
@@ -42,6 +40,7 @@ from handlers.request import (
 from properties.settings import Settings
 from tests.support.engine_driver import Oracle, Prompt, load_engine, run_all
 from tests.support.exactness import PromptMaker, check_random_load
+from tests.support.likeness import check_two_ranks
 from tests.support.model_front import learned
 from tests.support.rolling import answer, check_stop_string, loaded, tokens
 from tests.support.tiny_qwen_vl import END, FAMILIES, HIDDEN, IMAGE, START, inputs, make_qwen_vl
@@ -125,7 +124,7 @@ def test_an_image_may_be_the_end_of_a_prompt(model: tuple[Path, Oracle]) -> None
         add = prompt.add(oracle.preprocessor, GREEDY)
         got = run_all(load_engine(path), [add])[0].token_ids
         ids = torch.tensor([add.token_ids])
-        own = inputs(oracle._processor, prompt.images, ids)
+        own = inputs(oracle.processor, prompt.images, ids)
         want: list[int] = []
         with torch.inference_mode():
             out = oracle.model(input_ids=ids, use_cache=True, **own)
@@ -145,7 +144,7 @@ def test_log_probabilities_are_those_of_the_model(model: tuple[Path, Oracle]) ->
     for number, (prompt, add) in enumerate(zip(TRAPS, adds, strict=True)):
         result = results[number]
         ids = torch.tensor([add.token_ids + result.token_ids])
-        own = inputs(oracle._processor, prompt.images, ids) if prompt.images else {}
+        own = inputs(oracle.processor, prompt.images, ids) if prompt.images else {}
         with torch.inference_mode():
             want = oracle.model(input_ids=ids, **own).logits[0].log_softmax(-1)
         prompt_entries = next(o.prompt_logprobs for o in result.outputs if o.prompt_logprobs is not None)
@@ -167,7 +166,7 @@ def test_positions_are_the_models_own(model: tuple[Path, Oracle]) -> None:
             assert add.position_delta == 0
             continue
         ids = torch.tensor([add.token_ids])
-        own = inputs(oracle._processor, prompt.images, ids)
+        own = inputs(oracle.processor, prompt.images, ids)
         want, delta = oracle.model.model.get_rope_index(
             ids, image_grid_thw=own[GRID], mm_token_type_ids=own["mm_token_type_ids"]
         )
@@ -177,26 +176,11 @@ def test_positions_are_the_models_own(model: tuple[Path, Oracle]) -> None:
 
 
 def test_two_ranks_give_the_same_tokens(model: tuple[Path, Oracle]) -> None:
-    path, oracle = model
-    add = marked(1, ODD, 2, LONG, 3).add(oracle.preprocessor, GREEDY)
-    engine_config = EngineConfig(
-        model_path=str(path),
-        dtype="float32",
-        devices=("cpu", "cpu"),
-        kv_cache_bytes=8 << 20,
-        max_num_batched_tokens=13,
-    )
-
-    async def scenario() -> list[int]:
-        from tests.support.engine_process import answer, running
-
-        async with running(engine_config) as client:
-            return await answer(client, add)
-
-    assert asyncio.run(scenario()) == oracle.generate(marked(1, ODD, 2, LONG, 3), 16)
+    prompts = [marked(1, ODD, 2, LONG, 3)]
+    check_two_ranks(*model, prompts, length=16, ignore_eos=False, max_num_batched_tokens=13)
 
 
-def test_encoding_is_bounded_and_gives_the_same(model: tuple[Path, Oracle], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoding_is_bounded_and_gives_the_same(model: tuple[Path, Oracle]) -> None:
     """The images have 16 to 104 patches each. The rows are also what the cache counts."""
     path, oracle = model
     engine = load_engine(path)
@@ -208,7 +192,7 @@ def test_encoding_is_bounded_and_gives_the_same(model: tuple[Path, Oracle], monk
         sizes: list[int] = []
         tower: Any = family.model.model.visual
         hook = tower.register_forward_pre_hook(lambda _, patches: sizes.append(len(patches[0])))
-        monkeypatch.setattr(qwen2_vl, "ENCODE_PATCHES", 90)
+        family.encode_patches = 90
         apart = family.encode(given)
         hook.remove()
     assert sum(sizes) == sum(len(one["pixel_values"]) for one in given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import socket
 import socketserver
 import tarfile
@@ -16,19 +17,13 @@ import httpx
 import pytest
 
 from handlers.artefacts import ArtefactError, Cancelled
-from handlers.artefacts import s3 as s3_files
 from handlers.artefacts.fetch import fetch
-from handlers.artefacts.s3 import fetch_s3
+from handlers.artefacts.s3 import ATTEMPTS, PART_BYTES, fetch_s3
 from handlers.progress import shown
 from properties.model import locate
 from properties.settings import Settings
 from tests.support.s3 import BUCKET
 from tests.support.scripted_server import ServerProcess
-
-
-@pytest.fixture
-def small_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3_files, "PART_BYTES", 64 * 1024)
 
 
 class Proxy(socketserver.ThreadingTCPServer):
@@ -139,17 +134,14 @@ def test_a_range_whose_connection_breaks_is_fetched_again(
     assert "trying again" in caplog.text
 
 
-def test_the_next_start_keeps_the_files_that_were_complete(
-    s3: Any, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(s3_files, "ATTEMPTS", 2)
+def test_the_next_start_keeps_the_files_that_were_complete(s3: Any, proxy: Proxy, tmp_path: Path) -> None:
     put(s3, first=b"1" * 10)
     get(tmp_path)
     put(s3, weights=b"2" * 100_000)
-    proxy.cuts, proxy.after = 2, 50_000
+    proxy.cuts, proxy.after = ATTEMPTS, 50_000
     with pytest.raises(ArtefactError, match=r"llava/weights cannot be read: .*kept for the next start"):
         get(tmp_path)
-    assert proxy.ranges[1:] == ["0-", "0-"]
+    assert proxy.ranges[1:] == ["0-"] * ATTEMPTS
     proxy.ranges.clear()
     directory = get(tmp_path)
     assert (directory / "weights").read_bytes() == b"2" * 100_000
@@ -165,8 +157,9 @@ def test_an_object_that_changes_while_it_is_fetched_stops_the_download(s3: Any, 
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith("weights")]
 
 
-def test_ranges_of_many_files_arrive_side_by_side(s3: Any, tmp_path: Path, small_ranges: None) -> None:
-    bodies = {f"file{number}": bytes([number]) * (150_000 + number) for number in range(8)}
+def test_ranges_of_many_files_arrive_side_by_side(s3: Any, tmp_path: Path) -> None:
+    bodies = {f"file{number}": bytes([number]) * (150_000 + number) for number in range(7)}
+    bodies["weights"] = bytes(range(256)) * (PART_BYTES // 256 + 1)
     put(s3, **bodies)
     directory = get(tmp_path)
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == bodies
@@ -221,7 +214,7 @@ def test_errors_say_what_to_do(s3: Any, tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(ArtefactError, match="write s3://bucket/prefix/"):
         get(tmp_path, "s3://")
     put(s3, weights=b"123456")
-    monkeypatch.setattr(s3_files.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 5}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 5}))
     with pytest.raises(ArtefactError, match="no space"):
         get(tmp_path)
 

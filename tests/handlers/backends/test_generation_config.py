@@ -12,13 +12,13 @@ from transformers import GenerationConfig
 
 from handlers.backends.rolling.model_front import ModelFront
 from handlers.backends.vllm.sampling import Samplers, usual_sampling
-from handlers.pipeline import checked_sampling, checked_tokens
 from handlers.prompts.generation_config import read_default_sampling
 from handlers.protocols.base import ServerContext, Task
 from handlers.protocols.lmi.requests import read_lmi
 from handlers.protocols.openai.requests import read_chat, read_completion
 from handlers.protocols.tgi.requests import read_tgi
 from handlers.request import RequestSampling
+from handlers.request_checks import checked_sampling, checked_tokens
 from properties.settings import Settings
 from tests.support.models import make_text_model
 from tests.support.scripted import chat, incoming

@@ -60,6 +60,7 @@ def test_what_it_answers_and_what_it_refuses(model: Path) -> None:
             for refused, message in (
                 (request("x" * 600), "512 tokens"),
                 (request("x", sampling={"max_tokens": 600}), "ask for at most"),
+                (request("x", sampling={"max_tokens": None, "min_tokens": 512}), "room for 507 tokens"),
                 (request("x", sampling={"logit_bias": {10**6: 1.0}}), "not in the vocabulary"),
                 (request("x", sampling={"stop_token_ids": (2**31,)}), "not in the vocabulary"),
                 (request("x", sampling={"stop_token_ids": tuple(range(200)) * 6}), "allowed: 1024"),

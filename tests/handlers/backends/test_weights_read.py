@@ -14,7 +14,6 @@ import pytest
 from safetensors.numpy import save_file
 
 from handlers import progress
-from handlers.backends import weights_read
 from handlers.backends.weights_read import WeightsRead, weights_told
 from handlers.progress import Progress
 
@@ -96,10 +95,7 @@ def test_the_bytes_that_an_engine_has_read_are_counted(reader: Reader, shards: l
     assert not weights.look([2**22 + 1])  # no such process
 
 
-def test_weights_are_told_and_then_the_warm_up(
-    reader: Reader, shards: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(weights_read, "LOOK_SECONDS", 0.001)
+def test_weights_are_told_and_then_the_warm_up(reader: Reader, shards: list[Path]) -> None:
     first, _ = shards
 
     async def until(loading: Progress, what: str) -> None:
@@ -109,7 +105,7 @@ def test_weights_are_told_and_then_the_warm_up(
 
     async def load() -> None:
         with progress.shown(lambda _: None, 60) as loading:
-            async with weights_told(first.parent, lambda: [reader.process.pid]):
+            async with weights_told(first.parent, lambda: [reader.process.pid], look_seconds=0.001):
                 reader.do(first, "1")
                 await until(loading, "weights 4.0 MiB of 8.0 MiB, ")
                 reader.do(first, "close")

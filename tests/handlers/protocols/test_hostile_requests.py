@@ -186,6 +186,53 @@ def test_limits_are_called_as_the_client_calls_them() -> None:
             assert told["param"] == name
 
 
+_LMI_LEAST, _LMI_MOST = "parameters.min_new_tokens", "parameters.max_new_tokens"
+
+
+@pytest.mark.parametrize(
+    ("body", "name", "problem"),
+    [
+        (chat(min_tokens=9, max_tokens=8), "min_tokens", "is 9; allowed: at most max_tokens, which is 8"),
+        (
+            chat(min_tokens=9, max_tokens=99, max_completion_tokens=8),
+            "min_tokens",
+            "is 9; allowed: at most max_completion_tokens, which is 8",
+        ),
+        (
+            {"prompt": "hi", "min_tokens": 9, "max_tokens": 8},
+            "min_tokens",
+            "is 9; allowed: at most max_tokens, which is 8",
+        ),
+        (
+            {"prompt": "hi", "min_tokens": 17},
+            "min_tokens",
+            "is 17; allowed: at most max_tokens, which is 16 unless the request sets it",
+        ),
+        (
+            lmi(min_new_tokens=9, max_new_tokens=8),
+            _LMI_LEAST,
+            f"is 9; allowed: at most {_LMI_MOST}, which is 8",
+        ),
+        (lmi(min_tokens=9, max_tokens=8), _LMI_LEAST, f"is 9; allowed: at most {_LMI_MOST}, which is 8"),
+        (
+            lmi(min_new_tokens=31),
+            _LMI_LEAST,
+            f"is 31; allowed: at most {_LMI_MOST}, which is 30 unless the request sets it",
+        ),
+    ],
+)
+def test_min_tokens_above_max_tokens_is_refused(body: dict[str, Any], name: str, problem: str) -> None:
+    told = json.loads(refusal(body))
+    told = told.get("error") if "inputs" not in body else told
+    assert told["message"] == f"{name} {problem}"
+    assert told.get("param", name) == name
+
+
+def test_min_tokens_up_to_max_tokens_is_accepted() -> None:
+    for body in (chat(min_tokens=8, max_tokens=8), chat(min_tokens=99), lmi(min_new_tokens=30)):
+        assert answer(body).status == 200
+
+
 def test_a_limit_that_the_client_did_not_send_is_marked() -> None:
     backend = ScriptedBackend(said("a"))
     for body in (lmi(), lmi(max_new_tokens=30), chat(), chat(max_tokens=3)):

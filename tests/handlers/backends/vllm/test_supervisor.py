@@ -12,10 +12,8 @@ from typing import Any
 
 import pytest
 
-from handlers.backends.vllm import supervisor as watching
 from handlers.backends.vllm.probes import Counters
 from handlers.backends.vllm.supervisor import EngineSupervisor
-from processes import supervisor
 
 
 class ScriptedEngine:
@@ -41,7 +39,7 @@ class ScriptedEngine:
 class House:
     """Builds scripted engines; `fail` counts how many of the next ones cannot be built.
 
-    full: who asks one for a token is refused; `refused` counts them.
+    full: who asks one for a token is refused; `refused` counts them. dropped: vLLM drops the question.
     """
 
     def __init__(self, replicas: int = 1, stuck: float = 60.0, **options: Any) -> None:
@@ -49,13 +47,21 @@ class House:
         self.replicas = replicas
         self.fail = 0
         self.error: Exception = RuntimeError("no memory")
-        self.full = False
+        self.full = self.dropped = False
         self.refused = 0
         self.process: Any = None
         """What the next engine is."""
         self.counters = Counters()
         self.supervisor = EngineSupervisor(
-            self.build, self.ask, self.counters, suspect_seconds=0.04, stuck_seconds=stuck, **options
+            self.build,
+            self.ask,
+            self.counters,
+            suspect_seconds=0.04,
+            stuck_seconds=stuck,
+            idle_seconds=0.05,
+            look_seconds=0.005,
+            first_pause_seconds=0.001,
+            **options,
         )
 
     def build(self) -> ScriptedEngine:
@@ -70,15 +76,10 @@ class House:
         if self.full:
             self.refused += 1
             raise RuntimeError("the queue is full")
+        if self.dropped:
+            raise asyncio.CancelledError
         if not engine.answers[replica]:
             await asyncio.Event().wait()
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watching, "LOOK_SECONDS", 0.005)
-    monkeypatch.setattr(watching, "IDLE_SECONDS", 0.05)
-    monkeypatch.setattr(supervisor, "FIRST_PAUSE_SECONDS", 0.001)
 
 
 async def until(holds: Callable[[], bool]) -> None:
@@ -181,6 +182,35 @@ def test_who_was_refused_asks_again() -> None:
         house.full = True
         await until(lambda: house.supervisor.health().reason == "the engine does not answer")
         house.full = False
+        await until(lambda: house.supervisor.health().ready)
+        assert len(house.built) == 1
+        await house.supervisor.close()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_question_that_vllm_drops_is_no_answer(replicas: int) -> None:
+    async def scenario() -> None:
+        house = House(replicas, stuck=1.0)
+        await house.supervisor.start()
+        house.dropped = True
+        await until(lambda: house.supervisor.health().reason == "the engine does not answer")
+        await until(lambda: bool(house.built[0].told))
+        house.dropped = False
+        await until(lambda: len(house.built) == 2 and house.supervisor.health().ready)
+        await house.supervisor.close()
+
+    run(scenario)
+
+
+def test_a_question_that_vllm_drops_is_asked_again() -> None:
+    async def scenario() -> None:
+        house = House()
+        await house.supervisor.start()
+        house.dropped = True
+        await until(lambda: house.supervisor.health().reason == "the engine does not answer")
+        house.dropped = False
         await until(lambda: house.supervisor.health().ready)
         assert len(house.built) == 1
         await house.supervisor.close()
