@@ -30,6 +30,8 @@ JSON = "application/json"
 JSON_LINES = "application/jsonlines"
 SSE_TYPE = "text/event-stream"
 SSE = f"{SSE_TYPE}; charset=utf-8"
+KEEP_ALIVE = b": keep-alive\n\n"
+"""A comment in a stream of server-sent events."""
 
 MAX_PROMPTS = 1024
 """The most prompts in one body."""

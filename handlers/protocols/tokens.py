@@ -20,8 +20,9 @@ from handlers.protocols.base import JSON, Api, Route, ServerContext, Task, Token
 from handlers.protocols.body import KnownNames, convert, warning
 from handlers.protocols.lmi.replies import LmiError
 from handlers.protocols.markdown_images import image_parts
+from handlers.protocols.openai.bodies import ChatBody
+from handlers.protocols.openai.chat import read_chat
 from handlers.protocols.openai.replies import OPENAI_ERRORS, OpenAIError
-from handlers.protocols.openai.requests import ChatBody, read_chat
 from handlers.request import Incoming, Prompt, Reply, RequestFacts, TextPrompt, media_parts
 from handlers.request_checks import longest_prompt
 

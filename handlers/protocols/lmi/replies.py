@@ -15,7 +15,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from handlers.deltas import Delta, PositionLogprobs, PromptStats, TokenLogprob
 from handlers.errors import ServingError
-from handlers.protocols.base import JSON_LINES, SSE, Answer, Answered, ErrorFormat, Writer
+from handlers.protocols.base import JSON_LINES, KEEP_ALIVE, SSE, Answer, Answered, ErrorFormat, Writer
 from handlers.protocols.tgi.replies import FinishReason, finish_reason
 
 _encode = msgspec.json.Encoder().encode
@@ -115,7 +115,7 @@ class LmiWriter:
         self._before, self._after = (b"data: ", b"\n\n") if self.sse else (b"", b"\n")
         self._answer = Answer()
         self.stream_type = SSE if self.sse else JSON_LINES
-        self.keep_alive = b": keep-alive\n\n" if self.sse else b""
+        self.keep_alive = KEEP_ALIVE if self.sse else b""
 
     def whole(self, answered: list[Answered]) -> bytes:
         replies = [self._reply(text, one.stats, one.answers) for text, one in zip(self.inputs, answered, strict=True)]

@@ -62,9 +62,9 @@ from handlers.protocols.lmi.sagemaker import (
     execution_parameters,
 )
 from handlers.protocols.markdown_images import image_parts
+from handlers.protocols.openai.bodies import ChatBody, CompletionBody
 from handlers.protocols.openai.replies import ChatCompletion, ChatCompletionChunk, Completion, OpenAIError
-from handlers.protocols.openai.requests import ChatBody, CompletionBody
-from handlers.protocols.openai.writers import CompletionWriter
+from handlers.protocols.openai.writers import CompletionWriter, ReplyOptions
 from handlers.protocols.tgi.replies import TgiWriter, shown_seeds
 from handlers.request import (
     MAX_STOP_STRINGS,
@@ -190,8 +190,7 @@ def read_lmi(body: dict[str, Any], server: ServerContext, incoming: Incoming, ad
     ]
     if server.custom_output:
         completion = CompletionWriter(
-            reply_id=f"cmpl-{request_id}",
-            model=asked.model or server.model_name,
+            ReplyOptions(reply_id=f"cmpl-{request_id}", model=asked.model or server.model_name),
             n=parameters.returned,
             logprobs=parameters.top_tokens if sampling.logprobs is not None else None,
         )

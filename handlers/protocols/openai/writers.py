@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from operator import attrgetter
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from handlers.deltas import Delta, PositionLogprobs, PromptStats, TokenLogprob, total
 from handlers.errors import ServingError
-from handlers.protocols.base import SSE, Answer, Answered
+from handlers.protocols.base import KEEP_ALIVE, SSE, Answer, Answered
 from handlers.protocols.openai.answer_form import ParsedAnswers, first_deltas
 from handlers.protocols.openai.replies import (
     ChatChoice,
@@ -48,9 +48,9 @@ _SEARCHED = 8
 """The number of characters after its expected place in which a token's text is searched."""
 
 
-@dataclass(kw_only=True)
-class _OpenAIWriter:
-    """What both writers have in common: the head of replies and chunks, usage, and the framing of a stream.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplyOptions:
+    """What both replies show.
 
     Attributes:
         reply_id: The `id` of the reply and of each chunk.
@@ -68,38 +68,44 @@ class _OpenAIWriter:
     token_ids: bool = False
     tokens_as_ids: bool = False
 
-    stream_type = SSE
-    keep_alive = b": keep-alive\n\n"
+    def head(self) -> tuple[str, int, str, str]:
+        """Return the first fields of every reply and chunk, with the time of this call."""
+        return self.reply_id, int(time.time()), self.model, _FINGERPRINT
 
-    def __post_init__(self) -> None:
-        self._head = (self.reply_id, int(time.time()), self.model, _FINGERPRINT)
-        self._around: dict[int, tuple[bytes, bytes]] = {}
-        """Choice that has begun -> what stands before and after the text of its plain chunks."""
-        self._start = _event(self._reply([], UNSET)).removesuffix(b"]}\n\n")
+
+class _Events:
+    """Writes the server-sent events of one stream. What all chunks have in common is encoded only once."""
+
+    def __init__(self, options: ReplyOptions, chunk: Callable[[list[Any], Usage | UnsetType | None], Struct]) -> None:
+        """chunk: returns a chunk with these choices and this usage."""
+        self._options = options
+        self._start = _event(chunk([], UNSET)).removesuffix(b"]}\n\n")
         """The beginning of every chunk, up to its choice."""
+        self.around: dict[int, tuple[bytes, bytes]] = {}
+        """Choice that has begun -> what stands before and after the text of its plain chunks."""
 
-    def _reply(self, choices: list[Any], usage: Usage | UnsetType | None) -> Struct:
-        """Return a chunk; these two are its last fields."""
-        raise NotImplementedError
+    def begin(self, index: int, plain: Struct) -> None:
+        """Note that a choice begins. plain: a choice with `_TEXT` as its text."""
+        usage = None if self._options.include_usage else UNSET
+        before, _, after = self.one(plain, usage).rpartition(_ENCODED_TEXT)
+        self.around[index] = before, after
 
-    def failed(self, error: ServingError) -> bytes:
-        return _event(OpenAIError.of(error))
-
-    def _usage(self, stats: PromptStats, completion_tokens: int) -> Usage | UnsetType | None:
-        """Return the usage that a chunk before the last one shows."""
-        if self.continuous_usage:
-            return Usage.of(stats, completion_tokens)
-        return None if self.include_usage else UNSET
-
-    def _chunk_of(self, choice: Struct, usage: Usage | UnsetType | None) -> bytes:
-        """Return an event with one choice. What all chunks have in common is encoded only once."""
+    def one(self, choice: Struct, usage: Usage | UnsetType | None) -> bytes:
+        """Return an event with one choice."""
         line = self._start + _encode(choice)
         return line + (b"]}\n\n" if usage is UNSET else b'],"usage":' + _encode(usage) + b"}\n\n")
 
-    def _remember(self, index: int, plain: Struct) -> None:
-        """Encode what is around the text of a choice's chunks. plain: a choice with `_TEXT` as its text."""
-        before, _, after = self._chunk_of(plain, None if self.include_usage else UNSET).rpartition(_ENCODED_TEXT)
-        self._around[index] = before, after
+    def usage(self, stats: PromptStats, completion_tokens: int) -> Usage | UnsetType | None:
+        """Return the usage that a chunk before the last one shows."""
+        if self._options.continuous_usage:
+            return Usage.of(stats, completion_tokens)
+        return None if self._options.include_usage else UNSET
+
+    def end(self, stats: PromptStats, completion_tokens: int) -> bytes:
+        """Return the last events: that of the usage, if it was asked for, and `[DONE]`."""
+        if not self._options.include_usage:
+            return _DONE
+        return self._start + b'],"usage":' + _encode(Usage.of(stats, completion_tokens)) + b"}\n\n" + _DONE
 
 
 def _event(data: Any) -> bytes:
@@ -111,25 +117,33 @@ def _finish(answer: Delta | Answer) -> FinishReason | None:
     return cast("FinishReason | None", answer.finish_reason)
 
 
-@dataclass(kw_only=True)
-class ChatWriter(_OpenAIWriter):
+@dataclass
+class ChatWriter:
     """Writes one chat completion. A plain token costs two concatenations and one escaped string.
 
     Attributes:
+        options: What the reply shows.
         top_logprobs: How many candidates to show beside the chosen token; None for no logprobs.
         prompt_text: Show the prompt as the chat template rendered it.
         echo: Shown before each answer.
         parsed: For answers that may hold calls or reasoning.
     """
 
+    options: ReplyOptions
+    _: KW_ONLY
     top_logprobs: int | None = None
     prompt_text: bool = False
     echo: str = ""
     parsed: ParsedAnswers | None = None
 
+    stream_type = SSE
+    keep_alive = KEEP_ALIVE
+
     def __post_init__(self) -> None:
-        super().__post_init__()
-        self._plain = self.top_logprobs is None and not self.continuous_usage and not self.token_ids
+        options = self.options
+        self._head = options.head()
+        self._events = _Events(options, self._reply)
+        self._plain = self.top_logprobs is None and not options.continuous_usage and not options.token_ids
         self._completion_tokens = 0
 
     def whole(self, answered: list[Answered]) -> bytes:
@@ -150,7 +164,7 @@ class ChatWriter(_OpenAIWriter):
         self._completion_tokens += len(delta.token_ids)
         if self.parsed is not None:
             return self._parsed_chunks(delta, self.parsed, stats)
-        around = self._around.get(delta.index)
+        around = self._events.around.get(delta.index)
         if around is None:
             # The role comes with a choice's first token, so that a client's time to first token is true.
             first = self._begin(delta.index)
@@ -158,14 +172,15 @@ class ChatWriter(_OpenAIWriter):
             return self._chunk(delta, shown, _finish(delta), stats, first=first)
         if self._plain and delta.finish_reason is None:
             return around[0] + _encode(delta.text) + around[1] if delta.text else b""
-        if not (delta.text or delta.logprobs or delta.finish_reason or self.token_ids):
+        if not (delta.text or delta.logprobs or delta.finish_reason or self.options.token_ids):
             return b""
         return self._chunk(delta, ChatDelta(content=delta.text), _finish(delta), stats)
 
     def end(self, stats: PromptStats) -> bytes:
-        if not self.include_usage:
-            return _DONE
-        return _event(self._reply([], Usage.of(stats, self._completion_tokens))) + _DONE
+        return self._events.end(stats, self._completion_tokens)
+
+    def failed(self, error: ServingError) -> bytes:
+        return _event(OpenAIError.of(error))
 
     def _choice(self, index: int, answer: Answer, stats: PromptStats) -> ChatChoice:
         if self.parsed is None:
@@ -174,29 +189,29 @@ class ChatWriter(_OpenAIWriter):
             message, finish = self.parsed.message(answer, stats)
             if self.echo:
                 message.content = self.echo + (message.content or "")
-        token_ids = answer.token_ids if self.token_ids else UNSET
+        token_ids = answer.token_ids if self.options.token_ids else UNSET
         logprobs = self._logprobs(answer.logprobs)
         return ChatChoice(index, message, logprobs, finish, answer.stop_reason, token_ids)
 
     def _about_prompt(self, stats: PromptStats) -> tuple[list[int] | UnsetType, str | UnsetType]:
         """Return what is shown of the prompt, once at the beginning: its tokens and its text."""
         return (
-            stats.prompt_token_ids if self.token_ids else UNSET,
+            stats.prompt_token_ids if self.options.token_ids else UNSET,
             stats.prompt_text if self.prompt_text else UNSET,
         )
 
     def _begin(self, index: int) -> bool:
         """Note that a choice begins; return whether it is the stream's first."""
-        self._remember(index, ChunkChoice(index, ChatDelta(content=_TEXT), None, None))
-        return len(self._around) == 1
+        self._events.begin(index, ChunkChoice(index, ChatDelta(content=_TEXT), None, None))
+        return len(self._events.around) == 1
 
     def _parsed_chunks(self, delta: Delta, parsed: ParsedAnswers, stats: PromptStats) -> bytes:
         """Return a chunk for each kind of content in the delta, the last with its tokens; empty while undecided."""
         deltas, finish = parsed.deltas(delta, stats)
         plain = self._plain and finish is None
-        if not deltas and (plain or not (finish or delta.logprobs or self.token_ids)):
+        if not deltas and (plain or not (finish or delta.logprobs or self.options.token_ids)):
             return b""
-        around, first = self._around.get(delta.index), False
+        around, first = self._events.around.get(delta.index), False
         if around is None:
             first = self._begin(delta.index)
             deltas = first_deltas(deltas, self.echo)
@@ -225,11 +240,11 @@ class ChatWriter(_OpenAIWriter):
             self._logprobs(delta.logprobs),
             finish,
             UNSET if finish is None else delta.stop_reason,
-            delta.token_ids if self.token_ids else UNSET,
+            delta.token_ids if self.options.token_ids else UNSET,
         )
-        usage = self._usage(stats, self._completion_tokens)
+        usage = self._events.usage(stats, self._completion_tokens)
         if not first:
-            return self._chunk_of(choice, usage)
+            return self._events.one(choice, usage)
         reply = self._reply([choice], usage)
         reply.prompt_token_ids, reply.prompt_text = self._about_prompt(stats)
         return _event(reply)
@@ -241,15 +256,16 @@ class ChatWriter(_OpenAIWriter):
         return (
             None
             if self.top_logprobs is None
-            else ChatLogprobs.of(positions, self.top_logprobs, as_ids=self.tokens_as_ids)
+            else ChatLogprobs.of(positions, self.top_logprobs, as_ids=self.options.tokens_as_ids)
         )
 
 
-@dataclass(kw_only=True)
-class CompletionWriter(_OpenAIWriter):
+@dataclass
+class CompletionWriter:
     """Writes one text completion; the choices of prompt p have the indexes p * n to p * n + n - 1.
 
     Attributes:
+        options: What the reply shows.
         n: Answers shown for each prompt, the best of those that there are.
         logprobs: How many candidates to show beside each token of an answer; None for no logprobs.
         prompt_logprobs: The same for tokens of the prompt.
@@ -257,17 +273,24 @@ class CompletionWriter(_OpenAIWriter):
         echo_only: The answers themselves are not shown.
     """
 
+    options: ReplyOptions
+    _: KW_ONLY
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     echo: Sequence[str | None] | None = None
     echo_only: bool = False
 
+    stream_type = SSE
+    keep_alive = KEEP_ALIVE
+
     def __post_init__(self) -> None:
-        super().__post_init__()
+        options = self.options
+        self._head = options.head()
+        self._events = _Events(options, self._reply)
         self._completion_tokens: dict[int, int] = {}
         self._token_lists: dict[int, _TokenLists] = {}
-        varied = self.logprobs is not None or self.continuous_usage or self.echo_only or self.token_ids
+        varied = self.logprobs is not None or options.continuous_usage or self.echo_only or options.token_ids
         self._plain = not varied
 
     def whole(self, answered: list[Answered]) -> bytes:
@@ -289,7 +312,7 @@ class CompletionWriter(_OpenAIWriter):
 
     def chunk(self, delta: Delta, stats: PromptStats) -> bytes:
         index = delta.index
-        around = self._around.get(index)
+        around = self._events.around.get(index)
         if around is None:
             return self._first(delta, stats)
         if self.echo_only:
@@ -297,24 +320,25 @@ class CompletionWriter(_OpenAIWriter):
         self._completion_tokens[index] += len(delta.token_ids)
         if self._plain and delta.finish_reason is None:
             return around[0] + _encode(delta.text) + around[1] if delta.text else b""
-        if not (delta.text or delta.logprobs or delta.finish_reason or self.token_ids):
+        if not (delta.text or delta.logprobs or delta.finish_reason or self.options.token_ids):
             return b""
-        usage = self._usage(stats, self._completion_tokens[index])
-        return self._chunk_of(self._choice(index, delta), usage)
+        usage = self._events.usage(stats, self._completion_tokens[index])
+        return self._events.one(self._choice(index, delta), usage)
 
     def end(self, stats: PromptStats) -> bytes:
-        if not self.include_usage:
-            return _DONE
-        return _event(self._reply([], Usage.of(stats, sum(self._completion_tokens.values())))) + _DONE
+        return self._events.end(stats, sum(self._completion_tokens.values()))
+
+    def failed(self, error: ServingError) -> bytes:
+        return _event(OpenAIError.of(error))
 
     def _first(self, delta: Delta, stats: PromptStats) -> bytes:
         index = delta.index
-        self._remember(index, CompletionChoice(index, _TEXT, None, None))
+        self._events.begin(index, CompletionChoice(index, _TEXT, None, None))
         if self.echo_only:
             delta = Delta(index, [], "", finish_reason="length")
         self._completion_tokens[index] = len(delta.token_ids)
-        usage = self._usage(stats, self._completion_tokens[index])
-        return self._chunk_of(self._choice(index, delta, stats), usage)
+        usage = self._events.usage(stats, self._completion_tokens[index])
+        return self._events.one(self._choice(index, delta, stats), usage)
 
     def _reply(self, choices: list[Any], usage: Usage | UnsetType | None) -> Completion:
         return Completion(*self._head, "text_completion", choices, usage)
@@ -330,11 +354,11 @@ class CompletionWriter(_OpenAIWriter):
         logprobs = None
         if self.logprobs is not None:
             if index not in self._token_lists:
-                self._token_lists[index] = _TokenLists(self.logprobs, as_ids=self.tokens_as_ids)
+                self._token_lists[index] = _TokenLists(self.logprobs, as_ids=self.options.tokens_as_ids)
             logprobs = self._token_lists[index].add(text, shown)
         finish = _finish(added)
         choice = CompletionChoice(index, text, logprobs, finish, UNSET if finish is None else added.stop_reason)
-        if self.token_ids:
+        if self.options.token_ids:
             choice.token_ids = added.token_ids
             if stats is not None:
                 choice.prompt_token_ids = stats.prompt_token_ids

@@ -38,8 +38,8 @@ from handlers.protocols.fields import (
     sampling_params,
 )
 from handlers.protocols.markdown_images import image_parts
+from handlers.protocols.openai.bodies import ChatBody, CompletionBody
 from handlers.protocols.openai.replies import ChatCompletion, ChatCompletionChunk, Completion
-from handlers.protocols.openai.requests import ChatBody, CompletionBody
 from handlers.protocols.tgi.replies import (
     TGI_ERRORS,
     Info,
