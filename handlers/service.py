@@ -11,15 +11,16 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
-from typing import Any, TypeVar
+from typing import Any
 
+from handlers.admission import Admission
 from handlers.custom.formatters import FormattedStream, Formatters
 from handlers.errors import InvalidParameter, InvalidRequest, NotFound
-from handlers.generation_task import Admission, GenerationTask, ReplyStream, is_cancelled, refusal
+from handlers.generation_task import GenerationTask, cancels_this, refusal
 from handlers.images.loader import ImageLoader
 from handlers.parsers.base import AnswerFormats
 from handlers.pipeline import Pipeline
-from handlers.protocols.base import JSON, JSON_LINES, Answered, ErrorFormat, Gate, ServerContext, Task
+from handlers.protocols.base import JSON, JSON_LINES, Answered, ErrorFormat, Gate, ServerContext, Task, in_thread_if
 from handlers.protocols.body import SHORT_BYTES, read_body, warning
 from handlers.protocols.body_limits import MOST_TEXT_BYTES
 from handlers.protocols.lmi.requests import LMI
@@ -28,6 +29,7 @@ from handlers.protocols.openai.requests import OPENAI
 from handlers.protocols.tgi.replies import TgiError
 from handlers.protocols.tgi.requests import TGI
 from handlers.protocols.tokens import TOKENS
+from handlers.reply_stream import ReplyStream
 from handlers.request import (
     GenerationRequest,
     Incoming,
@@ -41,7 +43,6 @@ from properties.settings import Settings
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 Work = Callable[[dict[str, Any], Incoming, RequestFacts, bool], Awaitable[Reply]]
 """Its arguments: the body, its request, the facts to fill in, and whether the body is long."""
 
@@ -212,7 +213,7 @@ class Service:
                 return reply
         if self._formatters is not None and self._formatters.reads:
             body = await self._formatters.read(body)
-        task = await _in_thread_if(long, self._task, body, incoming)
+        task = await in_thread_if(long, self._task, body, incoming)
         body.clear()
         facts.model = task.requests[0].model
         if task.misspelt:
@@ -291,7 +292,7 @@ class Service:
                 if not facts.stream:
                     answered = await generating.answers()
                     size = _JSON_PER_LOGPROB * sum(map(_logprobs, answered))
-                    body = await _in_thread_if(size > LONG_REPLY_BYTES, task.writer.whole, answered)
+                    body = await in_thread_if(size > LONG_REPLY_BYTES, task.writer.whole, answered)
                     if formatters is not None:
                         body = await formatters.write(body)
                 else:
@@ -307,7 +308,7 @@ class Service:
                     )
             facts.status = 200
         except (Exception, asyncio.CancelledError) as error:
-            if isinstance(error, asyncio.CancelledError) and is_cancelled():
+            if cancels_this(error):
                 raise
             known = generating.failure(error)
             facts.status = known.status
@@ -383,11 +384,6 @@ def _logprobs(answered: Answered) -> int:
 def _is_long(body: bytes) -> bool:
     """Whether parsing the body would hold up the event loop for too long."""
     return len(body) > SHORT_BYTES or 8 * body.count(b"{") + body.count(b",") > _MOST_READ_HERE
-
-
-async def _in_thread_if(long: bool, work: Callable[..., T], *given: Any) -> T:
-    """Do the work, in a thread if it takes long."""
-    return await asyncio.to_thread(work, *given) if long else work(*given)
 
 
 def _timing_headers(requests: Sequence[GenerationRequest], compute_type: str, facts: RequestFacts) -> dict[str, str]:

@@ -9,10 +9,11 @@ from collections.abc import AsyncIterator, Mapping
 
 import msgspec
 
+from handlers.admission import Admission, Permit
 from handlers.custom.backend import CustomBackend, HandlerCall
 from handlers.custom.messages import End, Head, Part
 from handlers.errors import DeadlineExceeded, InvalidRequest, NotFound, ServingError
-from handlers.generation_task import Admission, Permit, refusal
+from handlers.generation_task import refusal
 from handlers.protocols.base import JSON_LINES
 from handlers.protocols.errors import error_reply, log_error, own_words_of
 from handlers.protocols.lmi.replies import lmi_error

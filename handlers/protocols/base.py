@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
 
 from msgspec import Meta, Struct, json
 
@@ -22,6 +23,8 @@ from properties.settings import OutputFormat, Settings
 if TYPE_CHECKING:
     from handlers.service import Service
 
+
+T = TypeVar("T")
 
 READ = ("GET", "HEAD")
 REFERENCE = "#/components/schemas/{name}"
@@ -123,6 +126,11 @@ def described_as(part: type[Struct]) -> Meta:
 def reference(part: type[Struct]) -> dict[str, str]:
     """Return the JSON Schema that names a struct."""
     return {"$ref": REFERENCE.format(name=part.__name__)}
+
+
+async def in_thread_if(long: bool, work: Callable[..., T], *given: Any) -> T:
+    """Return the result of some work, done in a thread if it takes long, so that other requests do not wait."""
+    return await asyncio.to_thread(work, *given) if long else work(*given)
 
 
 def struct_reply(body: Struct, status: int = 200) -> Reply:
