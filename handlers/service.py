@@ -21,10 +21,12 @@ from handlers.images.loader import ImageLoader
 from handlers.parsers.base import AnswerFormats
 from handlers.pipeline import Pipeline
 from handlers.protocols.base import JSON, JSON_LINES, Answered, ErrorFormat, Gate, ServerContext, Task, in_thread_if
-from handlers.protocols.body import SHORT_BYTES, read_body, warning
+from handlers.protocols.body import SHORT_BYTES, read_body
 from handlers.protocols.body_limits import MOST_TEXT_BYTES
+from handlers.protocols.known_names import warning
+from handlers.protocols.lmi.batch_transform import answer_lines, are_lines
 from handlers.protocols.lmi.requests import LMI
-from handlers.protocols.lmi.sagemaker import INVOKE_ROUTES, answer_lines, are_lines
+from handlers.protocols.lmi.sagemaker import INVOKE_ROUTES
 from handlers.protocols.openai.requests import OPENAI
 from handlers.protocols.tgi.replies import TgiError
 from handlers.protocols.tgi.requests import TGI

@@ -16,8 +16,9 @@ from handlers.errors import DeadlineExceeded, InvalidRequest, NotFound, ServingE
 from handlers.generation_task import refusal
 from handlers.protocols.base import JSON_LINES
 from handlers.protocols.errors import error_reply, log_error, own_words_of
+from handlers.protocols.lmi.batch_transform import execution_reply
 from handlers.protocols.lmi.replies import lmi_error
-from handlers.protocols.lmi.sagemaker import execution_reply, request_properties
+from handlers.protocols.lmi.sagemaker import request_properties
 from handlers.request import Incoming, Observer, Reply, RequestFacts
 from handlers.service import error_format
 from properties.settings import Settings

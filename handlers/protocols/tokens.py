@@ -17,7 +17,8 @@ from msgspec import Meta
 from handlers.deltas import TokenizedPrompt
 from handlers.errors import DeadlineExceeded, InvalidRequest
 from handlers.protocols.base import JSON, Api, Route, ServerContext, Task, TokenCount, TokenId, in_thread_if
-from handlers.protocols.body import KnownNames, convert, warning
+from handlers.protocols.body import convert
+from handlers.protocols.known_names import KnownNames, warning
 from handlers.protocols.lmi.replies import LmiError
 from handlers.protocols.markdown_images import image_parts
 from handlers.protocols.openai.bodies import ChatBody

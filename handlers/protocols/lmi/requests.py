@@ -29,17 +29,11 @@ from handlers.protocols.base import (
     TokenId,
     described_as,
 )
-from handlers.protocols.body import KnownNames, convert
-from handlers.protocols.fields import (
-    GUIDED,
-    ChoiceCount,
-    MaxTokens,
-    SamplerFields,
-    read_constraint,
-    sampler_values,
-    sampling_params,
-)
+from handlers.protocols.body import convert
+from handlers.protocols.constraints import GUIDED, read_constraint
+from handlers.protocols.known_names import KnownNames
 from handlers.protocols.lmi import adapters
+from handlers.protocols.lmi.batch_transform import ExecutionParameters, execution_parameters
 from handlers.protocols.lmi.replies import (
     LMI_ERRORS,
     JsonLines,
@@ -49,22 +43,13 @@ from handlers.protocols.lmi.replies import (
     LmiReply,
     LmiWriter,
 )
-from handlers.protocols.lmi.sagemaker import (
-    ADAPTER_HEADERS,
-    INVOKE_ROUTES,
-    PREFIX,
-    ExecutionParameters,
-    SessionBody,
-    SessionReply,
-    Sessions,
-    accept_of,
-    adapter_of,
-    execution_parameters,
-)
+from handlers.protocols.lmi.sagemaker import ADAPTER_HEADERS, INVOKE_ROUTES, PREFIX, accept_of, adapter_of
+from handlers.protocols.lmi.sessions import SessionBody, SessionReply, Sessions
 from handlers.protocols.markdown_images import image_parts
 from handlers.protocols.openai.bodies import ChatBody, CompletionBody
 from handlers.protocols.openai.replies import ChatCompletion, ChatCompletionChunk, Completion, OpenAIError
 from handlers.protocols.openai.writers import CompletionWriter, ReplyOptions
+from handlers.protocols.sampler_fields import ChoiceCount, MaxTokens, SamplerFields, sampler_values, sampling_params
 from handlers.protocols.tgi.replies import TgiWriter, shown_seeds
 from handlers.request import (
     MAX_STOP_STRINGS,

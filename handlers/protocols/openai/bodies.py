@@ -10,10 +10,12 @@ from msgspec import Meta
 from engine.sampling_params import MAX_INTEGER, MAX_LOGPROBS, shown
 from handlers.errors import InvalidRequest
 from handlers.protocols.base import MAX_ANSWERS, MAX_PROMPTS, TokenId, described, reference
-from handlers.protocols.body import KnownNames, refuse_unknown
-from handlers.protocols.fields import GUIDED, ChoiceCount, LogprobsCount, MaxTokens, SamplerFields, sampler_values
+from handlers.protocols.body import refuse_unknown
+from handlers.protocols.constraints import GUIDED
+from handlers.protocols.known_names import KnownNames
 from handlers.protocols.openai.messages import AssistantMessage, RequestMessage
 from handlers.protocols.openai.writers import ReplyOptions
+from handlers.protocols.sampler_fields import ChoiceCount, LogprobsCount, MaxTokens, SamplerFields, sampler_values
 from handlers.request import MAX_STOP_STRINGS, MOST_TOKEN_IDS, Constraint, GenerationRequest, Prompt, RequestSampling
 
 _Bias = Annotated[float, Meta(ge=-100, le=100)]

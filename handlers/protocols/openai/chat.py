@@ -9,8 +9,9 @@ import msgspec
 from engine.sampling_params import shown
 from handlers.errors import InvalidRequest
 from handlers.protocols.base import ServerContext, Task
-from handlers.protocols.body import KnownNames, convert
-from handlers.protocols.fields import read_constraint, sampler_names, sampling_params
+from handlers.protocols.body import convert
+from handlers.protocols.constraints import read_constraint
+from handlers.protocols.known_names import KnownNames
 from handlers.protocols.openai.answer_form import AnswerForm, answer_form
 from handlers.protocols.openai.bodies import (
     ChatBody,
@@ -25,6 +26,7 @@ from handlers.protocols.openai.bodies import (
 from handlers.protocols.openai.messages import misspelt, read_messages
 from handlers.protocols.openai.tools import Tools, read_tools
 from handlers.protocols.openai.writers import ChatWriter
+from handlers.protocols.sampler_fields import sampler_names, sampling_params
 from handlers.request import ChatPrompt, Incoming, TextPart
 
 MOST_NAMES = 8

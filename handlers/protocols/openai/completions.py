@@ -8,7 +8,7 @@ from engine.sampling_params import shown
 from handlers.errors import InvalidRequest
 from handlers.protocols.base import MAX_ANSWERS, MAX_PROMPTS, ServerContext, Task
 from handlers.protocols.body import convert
-from handlers.protocols.fields import read_constraint, sampler_names, sampling_params
+from handlers.protocols.constraints import read_constraint
 from handlers.protocols.markdown_images import image_parts
 from handlers.protocols.openai.bodies import (
     CompletionBody,
@@ -21,6 +21,7 @@ from handlers.protocols.openai.bodies import (
     reply_options,
 )
 from handlers.protocols.openai.writers import CompletionWriter
+from handlers.protocols.sampler_fields import sampler_names, sampling_params
 from handlers.request import Incoming, TextPrompt
 
 DEFAULT_MAX_TOKENS = 16

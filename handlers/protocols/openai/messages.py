@@ -14,7 +14,8 @@ from PIL.Image import Image
 
 from handlers.errors import InvalidRequest
 from handlers.protocols.base import described, reference
-from handlers.protocols.body import KnownNames, kind_of, refuse_unknown, shown_value
+from handlers.protocols.body import kind_of, refuse_unknown, shown_value
+from handlers.protocols.known_names import KnownNames
 from handlers.request import EmbeddingsPart, Grid, ImagePart, Message, Part, TextPart
 
 _ROLE = re.compile(r"[A-Za-z0-9_-]{1,64}")

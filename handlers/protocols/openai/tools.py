@@ -12,9 +12,10 @@ import msgspec
 from handlers.errors import InvalidRequest
 from handlers.grammars.json_schema import subschemas
 from handlers.parsers.base import AnswerFormats
-from handlers.protocols.body import KnownNames, refuse_unknown, shown_value
+from handlers.protocols.body import refuse_unknown, shown_value
 from handlers.protocols.body_limits import MAX_DEPTH, depth
-from handlers.protocols.fields import MAX_BYTES
+from handlers.protocols.constraints import MAX_BYTES
+from handlers.protocols.known_names import KnownNames
 from handlers.request import Constraint
 
 MAX_TOOLS = 128

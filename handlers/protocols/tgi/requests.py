@@ -25,8 +25,13 @@ from handlers.protocols.base import (
     Task,
     described_as,
 )
-from handlers.protocols.body import KnownNames, convert
-from handlers.protocols.fields import (
+from handlers.protocols.body import convert
+from handlers.protocols.constraints import read_constraint
+from handlers.protocols.known_names import KnownNames
+from handlers.protocols.markdown_images import image_parts
+from handlers.protocols.openai.bodies import ChatBody, CompletionBody
+from handlers.protocols.openai.replies import ChatCompletion, ChatCompletionChunk, Completion
+from handlers.protocols.sampler_fields import (
     ChoiceCount,
     Fraction,
     MaxTokens,
@@ -34,12 +39,8 @@ from handlers.protocols.fields import (
     RepetitionPenalty,
     Temperature,
     TopK,
-    read_constraint,
     sampling_params,
 )
-from handlers.protocols.markdown_images import image_parts
-from handlers.protocols.openai.bodies import ChatBody, CompletionBody
-from handlers.protocols.openai.replies import ChatCompletion, ChatCompletionChunk, Completion
 from handlers.protocols.tgi.replies import (
     TGI_ERRORS,
     Info,
