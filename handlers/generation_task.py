@@ -11,19 +11,12 @@ from typing import Any, TypeVar
 
 from handlers.admission import Permit
 from handlers.deltas import Delta, PromptStats, total
-from handlers.errors import (
-    DeadlineExceeded,
-    EngineFailed,
-    ImagesLost,
-    InvalidRequest,
-    ServingError,
-    stopping,
-)
+from handlers.errors import DeadlineExceeded, EngineFailed, ImagesLost, InvalidRequest, ServingError, stopping
 from handlers.images.loader import ImageLoader
 from handlers.pipeline import Generation, Pipeline
 from handlers.protocols.base import Answer, Answered, ErrorFormat, Task
 from handlers.protocols.errors import client_error, error_reply, log_error, own_words_of
-from handlers.request import GenerationRequest, MediaPart, Observer, Reply, RequestFacts
+from handlers.request import MediaPart, Observer, Reply, RequestFacts
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +147,7 @@ class GenerationTask:
             await merged.put(None)
 
     async def _checked(self, number: int) -> AsyncIterator[Delta]:
-        """Yield the deltas of a prompt that is being generated, and count them."""
+        """Yield the deltas of a prompt that is being generated, and count them. Raises ServingError."""
         unfinished = self.task.requests[number].n
         last = [0.0] * unfinished
         async for delta in self._generations[number]:
@@ -226,19 +219,13 @@ class GenerationTask:
 
     async def _answer(self, number: int) -> Answered:
         try:
-            return await self._answered(await self._generate(number), self.task.requests[number])
+            generation = await self._generate(number)
+            answers = [Answer() for _ in range(self.task.requests[number].n)]
+            async for delta in self._checked(number):
+                answers[delta.index].add(delta)
+            return Answered(generation.stats, answers)
         finally:
             _release(self._media[number])
-
-    async def _answered(self, generation: Generation, request: GenerationRequest) -> Answered:
-        answers = [Answer() for _ in range(request.n)]
-        last = [0.0] * request.n
-        async for delta in generation:
-            self._count(delta, last)
-            answers[delta.index].add(delta)
-        if any(answer.finish_reason is None for answer in answers):
-            raise EngineFailed("the engine ended the answer too early")
-        return Answered(generation.stats, answers)
 
     def _count(self, delta: Delta, last: list[float]) -> None:
         """Count a delta. last: the time of each answer's last token."""
@@ -253,13 +240,8 @@ class GenerationTask:
         facts.completion_tokens += len(delta.token_ids)
         if delta.finish_reason is not None:
             if delta.finish_reason == "abort":
-                raise self._aborted()
+                raise DeadlineExceeded() if now >= self._deadline else EngineFailed("the engine aborted the request")
             facts.finish_reason = delta.finish_reason
-
-    def _aborted(self) -> DeadlineExceeded | EngineFailed:
-        if time.monotonic() >= self._deadline:
-            return DeadlineExceeded()
-        return EngineFailed("the engine aborted the request")
 
     def _complete_facts(self) -> None:
         facts = self.facts

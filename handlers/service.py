@@ -32,15 +32,7 @@ from handlers.protocols.tgi.replies import TgiError
 from handlers.protocols.tgi.requests import TGI
 from handlers.protocols.tokens import TOKENS
 from handlers.reply_stream import ReplyStream
-from handlers.request import (
-    GenerationRequest,
-    Incoming,
-    Observer,
-    Reply,
-    RequestFacts,
-    TextPart,
-    prompt_parts,
-)
+from handlers.request import GenerationRequest, Incoming, Observer, Reply, RequestFacts, TextPart, prompt_parts
 from properties.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -260,8 +252,7 @@ class Service:
                 raise NotFound(f"there is no adapter {request.adapter[:80]!r}", param="adapters")
             if (constraint := request.constraint) is not None and not capabilities.structured_outputs:
                 raise InvalidRequest(
-                    f"{constraint.param}: this server cannot constrain answers; leave it out",
-                    param=constraint.param,
+                    f"{constraint.param}: this server cannot constrain answers; leave it out", param=constraint.param
                 )
             self.check_images(sum(1 for _ in request.images()))
             priority = min(max(request.priority, -HIGHEST_PRIORITY), HIGHEST_PRIORITY)
@@ -394,10 +385,7 @@ def _timing_headers(requests: Sequence[GenerationRequest], compute_type: str, fa
     Validation ends when the engine has the prompt, and inference begins with its first step. A stream's headers are
     sent with its first token, when its times are not known yet.
     """
-    own = {
-        "x-compute-type": compute_type or "unknown",
-        "x-compute-characters": str(sum(map(_characters, requests))),
-    }
+    own = {"x-compute-type": compute_type or "unknown", "x-compute-characters": str(sum(map(_characters, requests)))}
     if facts.stream:
         return {**own, "x-accel-buffering": "no"}
     total = facts.total or 0.0

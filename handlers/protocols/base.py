@@ -244,7 +244,7 @@ class Task:
     """What a body asks for. Several requests are several prompts, answered together and in order.
 
     Attributes:
-        misspelt: A sentence for each name in the body that nobody reads (`handlers.protocols.body`).
+        misspelt: A sentence for each name in the body that is not read (`handlers.protocols.known_names`).
         names: A field of `SamplingParams` -> what the client calls it, where that is another name.
     """
 

@@ -124,8 +124,7 @@ def _structured_outputs(given: object) -> Constraint | None:
     refuse_unknown(fields, {*_OUTPUTS, *_FLAGS, *_WITHOUT_EFFECT}, param)
     if asked == "structural_tag":
         raise InvalidRequest(
-            f"{param}.structural_tag is not supported by this server; use json, regex, choice or grammar",
-            param=param,
+            f"{param}.structural_tag is not supported by this server; use json, regex, choice or grammar", param=param
         )
     constraint = _one(asked, fields[asked], f"{param}.{asked}", param)
     if fields.get("disable_additional_properties") and constraint.kind == "json_schema":

@@ -25,7 +25,7 @@ _END = re.compile(r'(?:\s{1,8}"[^"\n]{0,1000}")?\s{0,8}\)')
 
 # ![alternative text](url "title"): only a link that names its scheme is an image; other Markdown stays text.
 _IMAGE = re.compile(
-    r'!\[[^\[\]\n]{0,1000}\]\(\s{0,8}((?i:https?:|data:)[^()\s]+(?:\([^()\s]*\)[^()\s]*)*)(?:\s{1,8}"[^"\n]{0,1000}")?\s{0,8}\)',
+    r'!\[[^\[\]\n]{0,1000}\]\(\s{0,8}((?i:https?:|data:)[^()\s]+(?:\([^()\s]*\)[^()\s]*)*)(?:\s{1,8}"[^"\n]{0,1000}")?\s{0,8}\)'
 )
 
 

@@ -21,7 +21,10 @@ from engine.sampling_params import (
 )
 from handlers.errors import InvalidParameter, InvalidRequest
 from handlers.protocols.base import MAX_ANSWERS, TokenId, described
-from handlers.request import RequestSampling
+from handlers.request import MAX_STOP_STRINGS, RequestSampling
+
+Bias = Annotated[float, Meta(ge=-100, le=100)]
+StopStrings = Annotated[list[str], Meta(max_length=MAX_STOP_STRINGS)]
 
 _Texts = Annotated[list[str], Meta(max_length=MAX_BREAKERS)]
 _TextsInText = Annotated[str, Meta(max_length=MAX_BREAKERS * 16)]
@@ -107,6 +110,14 @@ _ALIASES = {
     "custom_token_bans": "bad_words_token_ids",
 }
 _NAMES = tuple(name for name in SamplerFields.__struct_fields__ if name in set(RequestSampling.__struct_fields__))
+
+
+def stop_strings(*given: str | list[str] | None, name: str) -> tuple[str, ...]:
+    """Return the stop strings of some fields. Raises InvalidRequest for an empty one, with the API's name for them."""
+    found = tuple(text for texts in given for text in ([texts] if isinstance(texts, str) else texts or ()))
+    if "" in found:
+        raise InvalidRequest(f"{name}: an empty string cannot end an answer", param=name.strip("`"))
+    return found
 
 
 def sampler_values(asked: SamplerFields) -> dict[str, Any]:

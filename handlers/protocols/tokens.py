@@ -259,12 +259,7 @@ def _vllm_tokens(server: ServerContext, pieces: bool | None) -> Callable[[Tokeni
 
 ROUTES = (
     Route(
-        "/chat_tokenize",
-        "tokenize",
-        "Tokens of a chat (TGI)",
-        queued=True,
-        bodies=(ChatBody,),
-        replies=(ChatTokens,),
+        "/chat_tokenize", "tokenize", "Tokens of a chat (TGI)", queued=True, bodies=(ChatBody,), replies=(ChatTokens,)
     ),
     Route(
         "/tokenize",

@@ -34,36 +34,28 @@ from handlers.protocols.constraints import GUIDED, read_constraint
 from handlers.protocols.known_names import KnownNames
 from handlers.protocols.lmi import adapters
 from handlers.protocols.lmi.batch_transform import ExecutionParameters, execution_parameters
-from handlers.protocols.lmi.replies import (
-    LMI_ERRORS,
-    JsonLines,
-    LmiBrokenLine,
-    LmiError,
-    LmiLine,
-    LmiReply,
-    LmiWriter,
-)
+from handlers.protocols.lmi.replies import LMI_ERRORS, JsonLines, LmiBrokenLine, LmiError, LmiLine, LmiReply, LmiWriter
 from handlers.protocols.lmi.sagemaker import ADAPTER_HEADERS, INVOKE_ROUTES, PREFIX, accept_of, adapter_of
 from handlers.protocols.lmi.sessions import SessionBody, SessionReply, Sessions
 from handlers.protocols.markdown_images import image_parts
 from handlers.protocols.openai.bodies import ChatBody, CompletionBody
 from handlers.protocols.openai.replies import ChatCompletion, ChatCompletionChunk, Completion, OpenAIError
 from handlers.protocols.openai.writers import CompletionWriter, ReplyOptions
-from handlers.protocols.sampler_fields import ChoiceCount, MaxTokens, SamplerFields, sampler_values, sampling_params
-from handlers.protocols.tgi.replies import TgiWriter, shown_seeds
-from handlers.request import (
-    MAX_STOP_STRINGS,
-    Constraint,
-    GenerationRequest,
-    Incoming,
-    RequestSampling,
-    TextPrompt,
+from handlers.protocols.sampler_fields import (
+    Bias,
+    ChoiceCount,
+    MaxTokens,
+    SamplerFields,
+    StopStrings,
+    sampler_values,
+    sampling_params,
+    stop_strings,
 )
+from handlers.protocols.tgi.replies import TgiWriter, shown_seeds
+from handlers.request import Constraint, GenerationRequest, Incoming, RequestSampling, TextPrompt
 
 DEFAULT_NEW_TOKENS = 30
 
-_StopStrings = Annotated[list[str], Meta(max_length=MAX_STOP_STRINGS)]
-_Bias = Annotated[float, Meta(ge=-100, le=100)]
 _Candidates = Annotated[int, Meta(ge=0, le=20)]
 
 
@@ -73,10 +65,10 @@ class LmiParameters(SamplerFields, kw_only=True):
     max_new_tokens: MaxTokens | None = None
     min_new_tokens: int | None = None
     do_sample: bool | None = None
-    stop_sequences: str | _StopStrings | None = None
-    stop: str | _StopStrings | None = None
+    stop_sequences: str | StopStrings | None = None
+    stop: str | StopStrings | None = None
     ignore_eos_token: bool | None = None
-    logit_bias: dict[TokenId, _Bias] | None = None
+    logit_bias: dict[TokenId, Bias] | None = None
     return_full_text: bool | None = None
     details: bool | None = None
     decoder_input_details: bool | None = None
@@ -150,10 +142,7 @@ def read_lmi(body: dict[str, Any], server: ServerContext, incoming: Incoming, ad
     adapters = _adapters(asked.adapters, adapter, len(prompts))
     details = bool(parameters.details)
     sampling = _read_sampling(
-        parameters,
-        server.sampling,
-        shows_tokens=stream or details,
-        shows_prompt=parameters.prefill and not stream,
+        parameters, server.sampling, shows_tokens=stream or details, shows_prompt=parameters.prefill and not stream
     )
     constraint = _constraint_of(given)
     request_id, accept = incoming.request_id, accept_of(incoming.headers)
@@ -261,13 +250,11 @@ def _read_parameters(given: dict[str, Any]) -> LmiParameters:
         count = getattr(parameters, name)
         if count is not None and not 1 <= count <= MAX_ANSWERS:
             raise InvalidRequest(
-                f"parameters.{name} is {shown(count)}; allowed: from 1 to {MAX_ANSWERS}",
-                param=f"parameters.{name}",
+                f"parameters.{name} is {shown(count)}; allowed: from 1 to {MAX_ANSWERS}", param=f"parameters.{name}"
             )
     if parameters.n is not None and parameters.best_of is not None and parameters.n > parameters.best_of:
         raise InvalidRequest(
-            f"parameters.n is {parameters.n}, more than parameters.best_of ({parameters.best_of})",
-            param="parameters.n",
+            f"parameters.n is {parameters.n}, more than parameters.best_of ({parameters.best_of})", param="parameters.n"
         )
     return parameters
 
@@ -280,15 +267,9 @@ def _read_sampling(
     shows_tokens, shows_prompt: whether the reply holds the answer's and the prompt's tokens with their
     probabilities. Raises InvalidRequest.
     """
-    stop = [*_strings(parameters.stop_sequences), *_strings(parameters.stop)]
-    if "" in stop:
-        raise InvalidRequest(
-            "parameters.stop_sequences: an empty string cannot end an answer",
-            param="parameters.stop_sequences",
-        )
     asked = sampler_values(parameters) | {
         "temperature": parameters.temperature if _samples(parameters) else 0.0,
-        "stop": tuple(stop) if stop else None,
+        "stop": stop_strings(parameters.stop_sequences, parameters.stop, name="parameters.stop_sequences"),
         "logit_bias": parameters.logit_bias,
         "ignore_eos": parameters.ignore_eos_token or parameters.ignore_eos,
         "logprobs": parameters.top_tokens if shows_tokens else 0 if parameters.answers > 1 else None,
@@ -323,10 +304,6 @@ def _samples(parameters: LmiParameters) -> bool:
     return parameters.temperature is not None if parameters.do_sample is None else parameters.do_sample
 
 
-def _strings(value: str | list[str] | None) -> list[str]:
-    return [value] if isinstance(value, str) else value or []
-
-
 def _claims(route: str, headers: Mapping[str, str], keys: Collection[str]) -> bool:
     return True
 
@@ -335,13 +312,7 @@ def _reads(keys: Collection[str], route: str) -> Reader | None:
     return read_lmi if "inputs" in keys else None
 
 
-def _framed(
-    read: Reader,
-    body: dict[str, Any],
-    server: ServerContext,
-    incoming: Incoming,
-    adapter: str | None,
-) -> Task:
+def _framed(read: Reader, body: dict[str, Any], server: ServerContext, incoming: Incoming, adapter: str | None) -> Task:
     """Read another API's body; `option.output_formatter` and the `Accept` header decide whether and how to stream."""
     if "inputs" in body:
         return read(body, server, incoming, adapter)

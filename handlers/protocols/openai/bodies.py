@@ -15,12 +15,19 @@ from handlers.protocols.constraints import GUIDED
 from handlers.protocols.known_names import KnownNames
 from handlers.protocols.openai.messages import AssistantMessage, RequestMessage
 from handlers.protocols.openai.writers import ReplyOptions
-from handlers.protocols.sampler_fields import ChoiceCount, LogprobsCount, MaxTokens, SamplerFields, sampler_values
-from handlers.request import MAX_STOP_STRINGS, MOST_TOKEN_IDS, Constraint, GenerationRequest, Prompt, RequestSampling
+from handlers.protocols.sampler_fields import (
+    Bias,
+    ChoiceCount,
+    LogprobsCount,
+    MaxTokens,
+    SamplerFields,
+    StopStrings,
+    sampler_values,
+    stop_strings,
+)
+from handlers.request import MOST_TOKEN_IDS, Constraint, GenerationRequest, Prompt, RequestSampling
 
-_Bias = Annotated[float, Meta(ge=-100, le=100)]
 Name = Annotated[str, Meta(max_length=512)]
-_StopStrings = Annotated[list[str], Meta(max_length=MAX_STOP_STRINGS)]
 _Priority = Annotated[int, Meta(ge=-MAX_INTEGER - 1, le=MAX_INTEGER)]
 
 _SIDES = ("left", "right")
@@ -59,9 +66,9 @@ class CommonBody(SamplerFields, kw_only=True):
     """Fields of both bodies beside the sampler's. Those of the first block are OpenAI's, the others vLLM's."""
 
     model: Name | None = None
-    logit_bias: dict[str, _Bias] | None = None
+    logit_bias: dict[str, Bias] | None = None
     n: ChoiceCount | None = None
-    stop: str | _StopStrings | None = None
+    stop: str | StopStrings | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: dict[str, Any] | None = None
@@ -137,18 +144,12 @@ def known_names(shape: type[CommonBody]) -> KnownNames:
 
 def common_sampling(asked: CommonBody) -> dict[str, Any]:
     """Return fields of RequestSampling, None for what was not given. Raises InvalidRequest."""
-    stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop
-    if stop is not None and "" in stop:
-        raise InvalidRequest("stop: an empty string cannot end an answer", param="stop")
+    stop = stop_strings(asked.stop, name="stop")
     if asked.truncate_prompt_tokens == 0:
         raise InvalidRequest(
-            "truncate_prompt_tokens is 0; allowed: from 1, or -1 for what fits",
-            param="truncate_prompt_tokens",
+            "truncate_prompt_tokens is 0; allowed: from 1, or -1 for what fits", param="truncate_prompt_tokens"
         )
-    values = sampler_values(asked)
-    values["logit_bias"] = _logit_bias(asked.logit_bias)
-    values["stop"] = tuple(stop) if stop is not None else None
-    return values
+    return sampler_values(asked) | {"logit_bias": _logit_bias(asked.logit_bias), "stop": stop}
 
 
 def generation_request(

@@ -93,8 +93,7 @@ def _prompt(asked: ChatBody, server: ServerContext, tools: Tools | None) -> Chat
     add, resume = asked.add_generation_prompt, bool(asked.continue_final_message)
     if add and resume:
         raise InvalidRequest(
-            "continue_final_message and add_generation_prompt exclude each other",
-            param="continue_final_message",
+            "continue_final_message and add_generation_prompt exclude each other", param="continue_final_message"
         )
     template, own = asked.chat_template, server.chat_templates
     if template is not None and template not in own and not server.trust_chat_templates:

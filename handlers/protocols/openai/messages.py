@@ -106,10 +106,7 @@ class TextContent(Struct):
 
 
 _PARTS = (TextContent, ImageContent, EmbeddingsContent)
-_LIST_OF_PARTS = {
-    "type": "array",
-    "items": {"anyOf": [*(reference(part) for part in _PARTS), {"type": "string"}]},
-}
+_LIST_OF_PARTS = {"type": "array", "items": {"anyOf": [*(reference(part) for part in _PARTS), {"type": "string"}]}}
 
 
 class RequestMessage(Struct):

@@ -58,12 +58,9 @@ class Candidate(Struct, forbid_unknown_fields=True):
     bytes: list[int] | None
 
 
-class ChosenToken(Struct, forbid_unknown_fields=True):
+class ChosenToken(Candidate, forbid_unknown_fields=True):
     """A token of the answer, and the candidates that were most likely in its place."""
 
-    token: str
-    logprob: float
-    bytes: list[int] | None
     top_logprobs: list[Candidate]
 
 

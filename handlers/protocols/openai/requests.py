@@ -21,15 +21,7 @@ from handlers.protocols.openai.replies import (
 _ERRORS = (OpenAIError,)
 
 ROUTES = (
-    Route(
-        "/v1/models",
-        "models",
-        "The served models",
-        methods=READ,
-        light=True,
-        replies=(Models,),
-        errors=_ERRORS,
-    ),
+    Route("/v1/models", "models", "The served models", methods=READ, light=True, replies=(Models,), errors=_ERRORS),
     Route(
         "/v1/models/{name}",
         "models",

@@ -143,8 +143,7 @@ def _allowed(given: object, param: str) -> tuple[str, list[str]]:
     names = [_name_of(tool) for tool in tools] if isinstance(tools, list) else []
     if mode not in ("auto", "required") or not names or len(names) > MAX_TOOLS or None in names:
         raise InvalidRequest(
-            f'{param} must be {{"mode": "auto" or "required", "tools": [functions by their names]}}',
-            param=param,
+            f'{param} must be {{"mode": "auto" or "required", "tools": [functions by their names]}}', param=param
         )
     return mode, [name for name in names if name is not None]
 

@@ -226,13 +226,7 @@ class ChatWriter:
         return b"".join(lines)
 
     def _chunk(
-        self,
-        delta: Delta,
-        shown: ChatDelta,
-        finish: FinishReason | None,
-        stats: PromptStats,
-        *,
-        first: bool = False,
+        self, delta: Delta, shown: ChatDelta, finish: FinishReason | None, stats: PromptStats, *, first: bool = False
     ) -> bytes:
         choice = ChunkChoice(
             delta.index,

@@ -26,11 +26,7 @@ from handlers.errors import (
     Unavailable,
 )
 from handlers.protocols.base import JSON, MAX_ANSWERS, MAX_PROMPTS, Answer, Answered, ErrorFormat
-from handlers.request import (
-    MAX_STOP_STRINGS,
-    Incoming,
-    Reply,
-)
+from handlers.request import MAX_STOP_STRINGS, Incoming, Reply
 from handlers.version import VERSION
 
 if TYPE_CHECKING:
@@ -44,21 +40,18 @@ _DRAWN_BITS = 53
 FinishReason = Literal["length", "eos_token", "stop_sequence"]
 
 
-class TgiToken(Struct, forbid_unknown_fields=True):
-    """A token. Clients join the texts of those that are not special."""
-
-    id: int
-    text: str
-    logprob: float | None
-    special: bool
-
-
 class TgiPrefillToken(Struct, forbid_unknown_fields=True):
     """A token of the prompt; the first one has no probability."""
 
     id: int
     text: str
     logprob: float | None
+
+
+class TgiToken(TgiPrefillToken, forbid_unknown_fields=True):
+    """A token. Clients join the texts of those that are not special."""
+
+    special: bool
 
 
 class TgiSequence(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -152,8 +145,7 @@ class TgiWriter:
             if others:
                 reply.details.best_of_sequences = [
                     TgiSequence(
-                        generated_text=self._text(inputs, other),
-                        **self._sequence(other, its_seed, answered.stats),
+                        generated_text=self._text(inputs, other), **self._sequence(other, its_seed, answered.stats)
                     )
                     for other, its_seed in others
                 ]
@@ -173,10 +165,7 @@ class TgiWriter:
             events[-1].generated_text = self._text(self.inputs[0], self._answer)
             if self.details:
                 events[-1].details = TgiStreamDetails(
-                    finish_reason(self._answer),
-                    len(self._answer.token_ids),
-                    self.seeds[0][0],
-                    stats.prompt_tokens,
+                    finish_reason(self._answer), len(self._answer.token_ids), self.seeds[0][0], stats.prompt_tokens
                 )
         return b"".join([b"data: " + _encode(event) + b"\n\n" for event in events])
 
