@@ -32,6 +32,8 @@ _MOST_MERGED = 256
 class GenerationTask:
     """Holds the permit, the images and the generations of one task, and gives them back once, in `close`.
 
+    It fills in the facts, and notifies the observer, as the task proceeds.
+
     Call `answers` or, for a stream, `deltas`, and only once. Whoever made one must `close` it, also after an error
     or a cancellation.
     """
@@ -47,18 +49,7 @@ class GenerationTask:
         deadline: float,
         keep: Callable[[int], None],
     ) -> None:
-        """Take over an admitted task.
-
-        Args:
-            task: What the client asked for.
-            permit: The admission, released by `close`.
-            pipeline: Generates the answers.
-            images: Loads the task's images.
-            facts: Filled in as the task proceeds.
-            observer: Notified of what happens to the task, for metrics.
-            deadline: In `time.monotonic()` seconds.
-            keep: See `Incoming`.
-        """
+        """Take over an admitted task. deadline: in `time.monotonic()` seconds. keep: see `Incoming`."""
         self.task = task
         self.facts = facts
         self._pipeline = pipeline

@@ -115,7 +115,7 @@ class Service:
             formats: How answers with calls and reasoning are parsed.
             gates: They may answer requests of their APIs without the model.
             formatters: The user's own, called before and after each request.
-            observer: Notified of what happens to requests, for metrics.
+            observer: Notified of what happens to requests.
             keep_alive: See `KEEP_ALIVE_SECONDS`.
         """
         self.pipeline = pipeline

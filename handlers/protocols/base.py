@@ -67,14 +67,12 @@ class Route:
         path: `{name}` stands for a model's name, `{adapter}` for an adapter's.
         action: What answers it: "answer" for the model, a name in an API's `calls`, or one of the server's own.
         summary: One line for the document.
-        methods: The HTTP methods that it answers.
         template: What logs, metrics and handlers call the route; the path itself unless several paths share one name.
         light: Answered from the head of the request, unlimited and without a line in the log, as monitoring asks it.
         queued: Takes a place in the queue.
         open: Answered without the server's key, as the platform asks it.
         timed: Its replies have headers with TGI's counts and times, whichever API has read the body.
         appended: Also answered where a client appends the path to that of any route that answers.
-        bodies: Structs of the request's body.
         plain_text: The body may also be a prompt as plain text.
         query: Parameter of the query -> its description.
         replies: Structs of the reply, or lists of them.
@@ -145,8 +143,6 @@ class ServerContext:
     Attributes:
         model_name: Shown in replies to requests that name no model.
         sampling: The model's own defaults (generation_config.json), by the names of RequestSampling.
-        output_formatter: The option.
-        tgi_compat: The option.
         trust_chat_templates: Requests may bring a chat template of their own.
         max_model_len: The model's context, in tokens; 0 where it is not known.
         special_token_ids: The model's special tokens.
@@ -299,7 +295,6 @@ class Api:
     """One API.
 
     Attributes:
-        errors: How it writes errors.
         claims: Says whether it writes the errors of a request, by the route's template, the headers (names in lower
             case) and the keys of the body, which are empty before the body has been read.
         routes: Its routes, for the router and the OpenAPI document.
@@ -310,7 +305,6 @@ class Api:
         adapter: Returns the adapter that the head of a request with one of them names.
         calls: Action of a route -> what answers it, for routes that generate no text.
         request_id: The header in which the caller names the request.
-        gate: Makes the gate of a server.
     """
 
     errors: ErrorFormat

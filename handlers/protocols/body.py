@@ -71,13 +71,8 @@ def read_body(
 ) -> dict[str, Any]:
     """Return the JSON object, or `{"inputs": text}` for text/plain. If a key is given twice, the last one counts.
 
-    A JSON object is also read if it is declared as a form, as curl declares all data by default.
-
-    Args:
-        body: The whole body.
-        headers: Names in lower case.
-        context: Tokens that the model takes; it bounds what a body may hold (`check_body`).
-        longest_text: Most bytes of one text.
+    A JSON object is also read if it is declared as a form, as curl declares all data by default. headers: with names in
+    lower case. context, longest_text: as in `check_body`.
 
     Raises:
         UnsupportedMediaType: The content type is another one.

@@ -47,7 +47,6 @@ class TokenTask:
     """What a body asks for.
 
     Attributes:
-        prompt: The prompt whose tokens are asked for.
         write: Makes the reply's body.
         keep: How many of the last tokens are asked for; None for all of them.
         misspelt: Warnings, as in `Task`.

@@ -93,7 +93,6 @@ class LmiWriter:
         inputs: The prompts as they were sent.
         many: Whether they were a list, which is answered by a list.
         returned: How many answers to a prompt are shown: the most likely one, and the next ones among its details.
-        details: Show details.
         prefill: Details show the prompt's tokens.
         full_text: The text begins with the prompt.
         top_tokens: The number of alternatives to show at each position.

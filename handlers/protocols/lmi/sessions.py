@@ -59,14 +59,7 @@ class Sessions:
         most: int = MOST_SESSIONS,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """Open no session yet.
-
-        Args:
-            enabled: Whether sessions may be opened.
-            expiration: Seconds from a session's opening to its end, used or not.
-            most: How many may be open at a time.
-            clock: Returns seconds since 1970.
-        """
+        """expiration: seconds from a session's opening to its end, used or not. clock: in seconds since 1970."""
         self._most = most
         self._enabled = enabled
         self._expiration = expiration

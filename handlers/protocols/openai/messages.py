@@ -129,10 +129,8 @@ class AssistantMessage(Struct):
 def read_messages(messages: list[Any], *, embeddings: bool = False, context: int = 0) -> list[Message]:
     """Return the messages of a chat.
 
-    Args:
-        messages: As the client sent them.
-        embeddings: Whether clients may send embeddings in place of images.
-        context: The model's context in tokens, 0 if not known; each message, and each part of one, takes at least one.
+    embeddings: clients may send embeddings in place of images. context: the model's context in tokens, 0 if not known;
+    each message, and each part of one, takes at least one.
 
     Raises:
         InvalidRequest: It names the path of what is wrong, as in "messages[1].content[0].image_url.url".

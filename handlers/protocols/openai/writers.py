@@ -122,7 +122,6 @@ class ChatWriter:
     """Writes one chat completion. A plain token costs two concatenations and one escaped string.
 
     Attributes:
-        options: What the reply shows.
         top_logprobs: How many candidates to show beside the chosen token; None for no logprobs.
         prompt_text: Show the prompt as the chat template rendered it.
         echo: Shown before each answer.
@@ -259,7 +258,6 @@ class CompletionWriter:
     """Writes one text completion; the choices of prompt p have the indexes p * n to p * n + n - 1.
 
     Attributes:
-        options: What the reply shows.
         n: Answers shown for each prompt, the best of those that there are.
         logprobs: How many candidates to show beside each token of an answer; None for no logprobs.
         prompt_logprobs: The same for tokens of the prompt.

@@ -107,7 +107,6 @@ class TgiWriter:
     Attributes:
         inputs: The prompts as they were sent.
         array: The objects are in a list.
-        details: Show details.
         prefill: Details show the prompt's tokens.
         full_text: The text begins with the prompt.
         top_tokens: The number of alternatives to show at each position.
