@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from handlers.errors import InvalidRequest
+from handlers.errors import InvalidParameter, InvalidRequest
 from handlers.grammars.json_schema import subschemas
 from handlers.protocols.body import refuse_unknown, shown_value
 from handlers.protocols.body_limits import MAX_DEPTH, depth
@@ -220,7 +220,7 @@ def _with_whitespace(constraint: Constraint, pattern: object, where: str) -> Con
 def _only(fields: dict[str, Any], param: str) -> str:
     asked = [name for name in _OUTPUTS if fields.get(name) is not None and fields[name] is not False]
     if not asked:
-        raise InvalidRequest(f"{param} asks for nothing; allowed: {', '.join(_OUTPUTS[:-1])}", param=param)
+        raise InvalidParameter(param, f"asks for nothing; allowed: {', '.join(_OUTPUTS[:-1])}")
     if len(asked) > 1:
         listed = " and ".join(f"{param}.{name}" for name in asked)
         raise InvalidRequest(f"{listed} exclude each other: send one of them", param=param)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from handlers.backends.adapters import AdapterInfo, AdapterStore
-from handlers.errors import Conflict, InvalidRequest, NotFound
+from handlers.errors import Conflict, InvalidParameter, InvalidRequest, NotFound
 from handlers.protocols.base import READ, Route, struct_reply
 from handlers.protocols.body import read_options
 from handlers.protocols.lmi.replies import LmiError
@@ -104,7 +104,7 @@ def _asked(incoming: Incoming) -> AdapterBody:
 def _flag(name: str, text: str) -> bool:
     known = {"true": True, "false": False, "1": True, "0": False}
     if text.lower() not in known:
-        raise InvalidRequest(f"{name} is {text[:20]!r}; allowed: true, false", param=name)
+        raise InvalidParameter(name, f"is {text[:20]!r}; allowed: true, false")
     return known[text.lower()]
 
 
@@ -136,7 +136,7 @@ def _count(query: Mapping[str, str], name: str, default: int) -> int:
     if not text:
         return default
     if not (text.isascii() and text.isdecimal() and len(text) < 10):
-        raise InvalidRequest(f"{name} is {text[:20]!r}; allowed: a whole number", param=name)
+        raise InvalidParameter(name, f"is {text[:20]!r}; allowed: a whole number")
     return int(text)
 
 

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from engine.sampling_params import shown
-from handlers.errors import InvalidRequest
+from handlers.errors import InvalidParameter, InvalidRequest
 from handlers.protocols.base import (
     JSON_LINES,
     MAX_ANSWERS,
@@ -137,7 +137,7 @@ def read_lmi(body: dict[str, Any], server: ServerContext, incoming: Incoming, ad
     many = isinstance(asked.inputs, list)
     prompts = asked.inputs if isinstance(asked.inputs, list) else [asked.inputs]
     if not prompts:
-        raise InvalidRequest("inputs is an empty list", param="inputs")
+        raise InvalidParameter("inputs", "is an empty list")
     stream = _streams(asked.stream, len(prompts), parameters, server)
     adapters = _adapters(asked.adapters, adapter, len(prompts))
     details = bool(parameters.details)
@@ -213,7 +213,7 @@ def _adapters(named: str | list[str] | None, header: str | None, count: int) -> 
         return [header] * count
     if isinstance(named, list):
         if len(named) != count:
-            raise InvalidRequest(f"adapters has {len(named)} names for {count} inputs", param="adapters")
+            raise InvalidParameter("adapters", f"has {len(named)} names for {count} inputs")
         return [name or None for name in named]
     return [named or None] * count
 
@@ -249,12 +249,10 @@ def _read_parameters(given: dict[str, Any]) -> LmiParameters:
     for name in ("n", "best_of"):
         count = getattr(parameters, name)
         if count is not None and not 1 <= count <= MAX_ANSWERS:
-            raise InvalidRequest(
-                f"parameters.{name} is {shown(count)}; allowed: from 1 to {MAX_ANSWERS}", param=f"parameters.{name}"
-            )
+            raise InvalidParameter(f"parameters.{name}", f"is {shown(count)}; allowed: from 1 to {MAX_ANSWERS}")
     if parameters.n is not None and parameters.best_of is not None and parameters.n > parameters.best_of:
-        raise InvalidRequest(
-            f"parameters.n is {parameters.n}, more than parameters.best_of ({parameters.best_of})", param="parameters.n"
+        raise InvalidParameter(
+            "parameters.n", f"is {parameters.n}, more than parameters.best_of ({parameters.best_of})"
         )
     return parameters
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
-from handlers.errors import InvalidRequest, Overloaded
+from handlers.errors import InvalidParameter, InvalidRequest, Overloaded
 from handlers.protocols.base import JSON
 from handlers.protocols.body import shown_value
 from handlers.protocols.lmi.sagemaker import INVOKE_ROUTES
@@ -87,9 +87,7 @@ class Sessions:
 
     def _control(self, asked: object, named: str) -> Reply:
         if asked not in (_NEW, _CLOSE):
-            raise InvalidRequest(
-                f"requestType is {shown_value(asked)}; allowed: {_NEW!r}, {_CLOSE!r}", param="requestType"
-            )
+            raise InvalidParameter("requestType", f"is {shown_value(asked)}; allowed: {_NEW!r}, {_CLOSE!r}")
         self._require_enabled()
         return self._open() if asked == _NEW else self._close(named)
 

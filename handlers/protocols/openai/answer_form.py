@@ -13,7 +13,7 @@ from typing import Any, cast
 from msgspec import UNSET
 
 from handlers.deltas import Delta, PromptStats
-from handlers.errors import InvalidRequest
+from handlers.errors import InvalidParameter
 from handlers.parsers.base import (
     CallArguments,
     CallBroken,
@@ -81,9 +81,8 @@ def answer_form(
     if tools is not None and tools.forced:
         if constraint is not None:
             choice = "function_call" if tools.legacy else "tool_choice"
-            raise InvalidRequest(
-                f"{constraint.param} and a {choice} that forces a call exclude each other: send one of them",
-                param=constraint.param,
+            raise InvalidParameter(
+                constraint.param, f"and a {choice} that forces a call exclude each other: send one of them"
             )
         named = tools.choice == "named"
         called: FinishReason = "stop" if named else "function_call" if tools.legacy else "tool_calls"

@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from engine.sampling_params import MAX_INTEGER, MAX_LOGPROBS, shown
-from handlers.errors import InvalidRequest
+from handlers.errors import InvalidParameter, InvalidRequest
 from handlers.protocols.base import MAX_ANSWERS, MAX_PROMPTS, TokenId, described, reference
 from handlers.protocols.body import refuse_unknown
 from handlers.protocols.constraints import GUIDED
@@ -146,9 +146,7 @@ def common_sampling(asked: CommonBody) -> dict[str, Any]:
     """Return fields of RequestSampling, None for what was not given. Raises InvalidRequest."""
     stop = stop_strings(asked.stop, name="stop")
     if asked.truncate_prompt_tokens == 0:
-        raise InvalidRequest(
-            "truncate_prompt_tokens is 0; allowed: from 1, or -1 for what fits", param="truncate_prompt_tokens"
-        )
+        raise InvalidParameter("truncate_prompt_tokens", "is 0; allowed: from 1, or -1 for what fits")
     return sampler_values(asked) | {"logit_bias": _logit_bias(asked.logit_bias), "stop": stop}
 
 
@@ -195,16 +193,16 @@ def reply_options(asked: CommonBody, reply_id: str, model: str, *, hide_tokens: 
 def check_stream(asked: CommonBody) -> None:
     """Raise InvalidRequest for fields that do not go with a stream, or need one."""
     if asked.stream_options is not None and not asked.stream:
-        raise InvalidRequest("stream_options needs stream: true", param="stream_options")
+        raise InvalidParameter("stream_options", "needs stream: true")
     if asked.stream and asked.prompt_logprobs is not None:
-        raise InvalidRequest("prompt_logprobs cannot be streamed", param="prompt_logprobs")
+        raise InvalidParameter("prompt_logprobs", "cannot be streamed")
 
 
 def count_answers(asked: CommonBody) -> int:
     """Return how many answers to one prompt are asked for. Raises InvalidRequest."""
     n = 1 if asked.n is None else asked.n
     if not 1 <= n <= MAX_ANSWERS:
-        raise InvalidRequest(f"n is {shown(n)}; allowed: from 1 to {MAX_ANSWERS}", param="n")
+        raise InvalidParameter("n", f"is {shown(n)}; allowed: from 1 to {MAX_ANSWERS}")
     return n
 
 
@@ -214,12 +212,12 @@ def refuse_unsupported(body: dict[str, Any], shape: type[CommonBody]) -> None:
         refuse_unknown(options, StreamOptions.__struct_fields__, "stream_options")
     side = body.get("truncation_side")
     if isinstance(side, str) and side not in _SIDES:  # Here because msgspec's message quotes it, however long it is.
-        raise InvalidRequest(f"truncation_side is {side[:40]!r}; allowed: {', '.join(_SIDES)}", param="truncation_side")
+        raise InvalidParameter("truncation_side", f"is {side[:40]!r}; allowed: {', '.join(_SIDES)}")
     for name in body.keys() - shape.__struct_fields__:
         if name in UNSUPPORTED and body[name] is not None:
-            raise InvalidRequest(f"{name} is not supported by this server: leave it out", param=name)
+            raise InvalidParameter(name, "is not supported by this server: leave it out")
         if name in FALSE_ONLY and body[name]:
-            raise InvalidRequest(f"{name} is not supported by this server: leave it out", param=name)
+            raise InvalidParameter(name, "is not supported by this server: leave it out")
         if name == "best_of" and body[name] not in (None, 1):
             raise InvalidRequest("best_of is not supported by this server: ask for n answers", param=name)
 
@@ -228,7 +226,7 @@ def _logit_bias(bias: dict[str, float] | None) -> dict[int, float] | None:
     if not bias:
         return None
     if len(bias) > MOST_TOKEN_IDS:
-        raise InvalidRequest(f"logit_bias names {len(bias)} tokens; allowed: {MOST_TOKEN_IDS}", param="logit_bias")
+        raise InvalidParameter("logit_bias", f"names {len(bias)} tokens; allowed: {MOST_TOKEN_IDS}")
     for key in bias:
         if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) <= MAX_INTEGER):
             raise InvalidRequest(f"logit_bias: {key[:40]!r} is not a token id", param="logit_bias")

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from engine.sampling_params import shown
-from handlers.errors import InvalidRequest
+from handlers.errors import InvalidParameter, InvalidRequest
 from handlers.protocols.base import ServerContext, Task
 from handlers.protocols.body import convert
 from handlers.protocols.constraints import read_constraint
@@ -92,9 +92,7 @@ def _misspelt(body: dict[str, Any], asked: ChatBody, server: ServerContext) -> l
 def _prompt(asked: ChatBody, server: ServerContext, tools: Tools | None) -> ChatPrompt:
     add, resume = asked.add_generation_prompt, bool(asked.continue_final_message)
     if add and resume:
-        raise InvalidRequest(
-            "continue_final_message and add_generation_prompt exclude each other", param="continue_final_message"
-        )
+        raise InvalidParameter("continue_final_message", "and add_generation_prompt exclude each other")
     template, own = asked.chat_template, server.chat_templates
     if template is not None and template not in own and not server.trust_chat_templates:
         names = f", by name: {', '.join(sorted(own)[:MOST_NAMES])}" if own else ""
@@ -131,7 +129,7 @@ def _sampling(asked: ChatBody) -> dict[str, Any]:
     """Return fields of RequestSampling, None for what was not given. Raises InvalidRequest."""
     top = asked.top_logprobs
     if top is not None and top > 0 and not asked.logprobs:
-        raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
+        raise InvalidParameter("top_logprobs", "needs logprobs: true")
     if top is not None and not 0 <= top <= 20:
-        raise InvalidRequest(f"top_logprobs is {shown(top)}; allowed: from 0 to 20", param="top_logprobs")
+        raise InvalidParameter("top_logprobs", f"is {shown(top)}; allowed: from 0 to 20")
     return common_sampling(asked) | {"logprobs": (top or 0) if asked.logprobs else None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from engine.sampling_params import shown
-from handlers.errors import InvalidRequest
+from handlers.errors import InvalidParameter, InvalidRequest
 from handlers.protocols.base import MAX_ANSWERS, MAX_PROMPTS, ServerContext, Task
 from handlers.protocols.body import convert
 from handlers.protocols.constraints import read_constraint
@@ -77,11 +77,9 @@ def read_completion(
 def _best_of(asked: CompletionBody, n: int) -> int:
     best_of = n if asked.best_of is None else asked.best_of
     if not n <= best_of <= MAX_ANSWERS:
-        raise InvalidRequest(
-            f"best_of is {shown(best_of)}; allowed: from n, which is {n}, to {MAX_ANSWERS}", param="best_of"
-        )
+        raise InvalidParameter("best_of", f"is {shown(best_of)}; allowed: from n, which is {n}, to {MAX_ANSWERS}")
     if asked.stream and best_of > n:
-        raise InvalidRequest("best_of above n cannot be streamed: the best is known at the end", param="best_of")
+        raise InvalidParameter("best_of", "above n cannot be streamed: the best is known at the end")
     return best_of
 
 
@@ -101,19 +99,19 @@ def _prompts(given: str | list[str | int | list[int]]) -> list[str | list[int]]:
     if isinstance(given, str):
         return [given]
     if not given:
-        raise InvalidRequest("prompt is an empty list", param="prompt")
+        raise InvalidParameter("prompt", "is an empty list")
     if all(isinstance(item, int) for item in given):
         return [given]  # type: ignore[list-item]
     if len(given) > MAX_PROMPTS:
-        raise InvalidRequest(f"prompt is a list of {len(given)}; allowed: {MAX_PROMPTS}", param="prompt")
+        raise InvalidParameter("prompt", f"is a list of {len(given)}; allowed: {MAX_PROMPTS}")
     if all(isinstance(item, str) for item in given) or all(isinstance(item, list) for item in given):
         return given  # type: ignore[return-value]
-    raise InvalidRequest("prompt mixes texts, token ids and lists of token ids: send one kind", param="prompt")
+    raise InvalidParameter("prompt", "mixes texts, token ids and lists of token ids: send one kind")
 
 
 def _text_prompt(given: str | list[int], add_special_tokens: bool) -> TextPrompt:
     if isinstance(given, str):
         return TextPrompt(image_parts(given), add_special_tokens=add_special_tokens)
     if not given:
-        raise InvalidRequest("prompt holds an empty list of token ids", param="prompt")
+        raise InvalidParameter("prompt", "holds an empty list of token ids")
     return TextPrompt([], token_ids=given)
