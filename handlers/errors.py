@@ -44,8 +44,8 @@ class InvalidRequest(ServingError):
 class InvalidParameter(InvalidRequest):
     """A field has a value that cannot be used; the message begins with the field's name.
 
-    Where a sampling parameter is checked, that is its name in `SamplingParams`, until `rename`. problem: the part of the
-    message after the name.
+    Where a sampling parameter is checked, that is its name in `SamplingParams`, until `rename`. problem: the part of
+    the message after the name.
     """
 
     def __init__(self, name: str, problem: str) -> None:

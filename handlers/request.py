@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
 from engine.sampling_params import MAX_BAD_WORDS, MAX_BREAKERS, SamplingParams, bounded
 
@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     from PIL.Image import Image
+
+
+L = TypeVar("L")
+G = TypeVar("G")
 
 
 @dataclass(slots=True)
@@ -106,22 +110,38 @@ class TextPart:
     text: str
 
 
+@dataclass(slots=True, kw_only=True)
+class _Loaded(Generic[L, G]):
+    """What both kinds of image have in common.
+
+    Attributes:
+        loaded: None until `handlers.images` has fetched and decoded it.
+        share: Its share of the memory for decoded images, while it is loaded.
+        given: A script's own image or tensors, instead of what a client sends; never changed.
+        characters: The length of this part in the request's body.
+    """
+
+    loaded: L | None = None
+    share: MemoryShare | None = field(default=None, repr=False)
+    given: G | None = field(default=None, repr=False)
+    characters: int = field(init=False)
+
+    def release(self) -> None:
+        """Drop what is loaded and its memory as soon as nothing needs it; safe to call twice."""
+        self.loaded = None
+        if self.share is not None:
+            self.share.release()
+
+
 @dataclass(slots=True)
-class ImagePart:
-    """An image named by the client; `loaded` is None until `handlers.images` has fetched and decoded it.
+class ImagePart(_Loaded[LoadedImage, "Image"]):
+    """An image named by the client, or a script's own, of any mode.
 
     Attributes:
         url: `https:`, `http:` or `data:`, exactly as the client wrote it (never logged).
-        share: Its share of the memory for decoded images, while it is loaded.
-        given: The image itself instead of a url. It is the caller's, of any mode, and never changed.
     """
 
     url: str
-    loaded: LoadedImage | None = None
-    share: MemoryShare | None = field(default=None, repr=False)
-    given: Image | None = field(default=None, repr=False)
-    characters: int = field(init=False)
-    """The length of this part in the request's body, in characters."""
 
     def __post_init__(self) -> None:
         self.characters = len(self.url)
@@ -130,31 +150,18 @@ class ImagePart:
         """Drop the url, since a `data:` url holds the whole file: the image cannot be loaded again."""
         self.url = ""
 
-    def release(self) -> None:
-        """Drop the decoded image and its memory as soon as nobody needs it; safe to call twice."""
-        self.loaded = None
-        if self.share is not None:
-            self.share.release()
-
 
 @dataclass(slots=True)
-class EmbeddingsPart:
-    """An image sent as its embeddings; `loaded` and `share` are like those of an `ImagePart`.
+class EmbeddingsPart(_Loaded[LoadedEmbeddings, LoadedEmbeddings]):
+    """An image sent as its embeddings.
 
     Attributes:
         rows: The output of `torch.save`, in base64, exactly as the client sent it (never logged).
         grid: Likewise, or the numbers themselves.
-        share: Their share of the memory for decoded images, while they are loaded.
-        given: The tensors instead of `rows` and `grid`; they are the caller's.
     """
 
     rows: str = field(repr=False)
     grid: str | Grid | None = field(default=None, repr=False)
-    loaded: LoadedEmbeddings | None = None
-    share: MemoryShare | None = field(default=None, repr=False)
-    given: LoadedEmbeddings | None = field(default=None, repr=False)
-    characters: int = field(init=False)
-    """The length of this part in the request's body, in characters."""
 
     def __post_init__(self) -> None:
         self.characters = len(self.rows) + (len(self.grid) if isinstance(self.grid, str) else 0)
@@ -162,12 +169,6 @@ class EmbeddingsPart:
     def forget(self) -> None:
         """Drop what the client sent: the embeddings cannot be loaded again."""
         self.rows, self.grid = "", None
-
-    def release(self) -> None:
-        """Drop the tensors and their memory as soon as nobody needs them; safe to call twice."""
-        self.loaded = None
-        if self.share is not None:
-            self.share.release()
 
 
 MediaPart = ImagePart | EmbeddingsPart

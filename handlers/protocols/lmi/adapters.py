@@ -5,7 +5,7 @@ Parameters come in the query, as LMI reads them, or as a JSON body, as SageMaker
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -71,7 +71,8 @@ async def answer_adapters(service: Service, incoming: Incoming) -> Reply:
     if incoming.method in READ:
         if incoming.adapter:
             return struct_reply(_one(store, incoming.adapter))
-        return struct_reply(_list(store.infos(), incoming.query))
+        shown, token = page_of(list(store.infos()), incoming.query)
+        return struct_reply(AdapterList([_shown(info) for info in shown], token))
     if incoming.method == "DELETE":
         await store.remove(incoming.adapter)
         return _status(incoming, incoming.adapter, "unregistered")
@@ -113,11 +114,6 @@ def _one(store: AdapterStore, name: str) -> Adapter:
         if info.name == name:
             return _shown(info)
     raise NotFound(f"there is no adapter {name[:80]!r}", param="adapters")
-
-
-def _list(infos: Collection[AdapterInfo], query: Mapping[str, str]) -> AdapterList:
-    shown, token = page_of(list(infos), query)
-    return AdapterList([_shown(info) for info in shown], token)
 
 
 def page_of(items: Sequence[T], query: Mapping[str, str]) -> tuple[Sequence[T], str | None]:

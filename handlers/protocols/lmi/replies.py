@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
@@ -70,6 +70,11 @@ class LmiError(Struct, forbid_unknown_fields=True):
     type: str
     message: str
     error: str
+
+    @classmethod
+    def of(cls, error: ServingError) -> Self:
+        """Return what is written of an error."""
+        return cls(error.status, error.kind, error.message, error.message)
 
 
 class LmiFailure(Struct, forbid_unknown_fields=True):
@@ -139,8 +144,7 @@ class LmiWriter:
         return b""
 
     def failed(self, error: ServingError) -> bytes:
-        broken = LmiBrokenLine(error.status, error.kind, error.message, error.message)
-        return self._before + _encode(broken) + self._after
+        return self._before + _encode(LmiBrokenLine.of(error)) + self._after
 
     def _reply(self, inputs: str, stats: PromptStats, answers: list[Answer]) -> LmiReply:
         ranked = sorted(answers, key=attrgetter("logprob"), reverse=True) if len(answers) > 1 else answers
@@ -205,12 +209,7 @@ class JsonLines:
         return _lines(self._events.failed(error))
 
 
-def lmi_error(error: ServingError) -> LmiError:
-    """Return the error in LMI's words."""
-    return LmiError(error.status, error.kind, error.message, error.message)
-
-
-LMI_ERRORS = ErrorFormat(lmi_error)
+LMI_ERRORS = ErrorFormat(LmiError.of)
 
 
 def _lines(events: bytes) -> bytes:

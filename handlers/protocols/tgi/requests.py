@@ -112,7 +112,10 @@ def read_tgi(body: dict[str, Any], server: ServerContext, incoming: Incoming, ad
         raise InvalidRequest("`inputs` cannot be empty", param="inputs")
     _check_truncate(parameters.truncate, server.max_model_len)
     answers = parameters.best_of or 1
-    seeds = _seeds(parameters, answers)
+    # Answers that are not drawn show no seed.
+    seeds: list[int | None] = [None] * answers
+    if parameters.samples:
+        seeds = shown_seeds(parameters.seed, answers)
     details = bool(parameters.details or parameters.decoder_input_details)
     request = GenerationRequest(
         request_id=incoming.request_id,
@@ -194,13 +197,6 @@ def _check_truncate(truncate: int | None, context: int) -> None:
         raise InvalidRequest(
             f"`truncate` must be strictly positive and less than {context}. Given: {shown(truncate)}", param="truncate"
         )
-
-
-def _seeds(asked: TgiParameters, answers: int) -> list[int | None]:
-    """Return the seeds that the reply shows for each answer: none for answers that were not drawn."""
-    if not asked.samples:
-        return [None] * answers
-    return shown_seeds(asked.seed, answers)
 
 
 def _sampling(asked: TgiParameters, seeds: list[int | None], *, shows_tokens: bool) -> RequestSampling:
