@@ -32,7 +32,8 @@ from handlers.protocols.tgi.replies import TgiError
 from handlers.protocols.tgi.requests import TGI
 from handlers.protocols.tokens import TOKENS
 from handlers.reply_stream import ReplyStream
-from handlers.request import GenerationRequest, Incoming, Observer, Reply, RequestFacts, TextPart, prompt_parts
+from handlers.request import GenerationRequest, Incoming, Observer, Reply, RequestFacts
+from handlers.timing_headers import timing_headers
 from properties.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -55,8 +56,6 @@ REQUEST_ID_HEADERS = (*(api.request_id for api in APIS if api.request_id), "x-re
 _CALLS = {name: call for api in APIS for name, call in api.calls.items()}
 _FRAMES = {route: frame for api in APIS for route, frame in api.frames.items()}
 _TIMED = frozenset(route.template for route in ROUTES if route.timed)
-
-_AROUND_AN_IMAGE = len("![]()")
 
 LONG_REPLY_BYTES = 2**20
 """A larger reply is written in a thread, so that other requests' tokens do not wait."""
@@ -313,7 +312,7 @@ class Service:
                 await generating.close()
         headers = warning(task.misspelt)
         if facts.route in _TIMED:
-            headers |= _timing_headers(task.requests, self.pipeline.capabilities.compute_type, facts)
+            headers |= timing_headers(task.requests, self.pipeline.capabilities.compute_type, facts)
         if stream is not None:
             if formatters is not None:
                 events = FormattedStream(stream, formatters, facts.request_id)
@@ -377,39 +376,3 @@ def _logprobs(answered: Answered) -> int:
 def _is_long(body: bytes) -> bool:
     """Whether parsing the body would hold up the event loop for too long."""
     return len(body) > SHORT_BYTES or 8 * body.count(b"{") + body.count(b",") > _MOST_READ_HERE
-
-
-def _timing_headers(requests: Sequence[GenerationRequest], compute_type: str, facts: RequestFacts) -> dict[str, str]:
-    """Return TGI's headers of counts and times, which are whole milliseconds; only `x-compute-time` is in seconds.
-
-    Validation ends when the engine has the prompt, and inference begins with its first step. A stream's headers are
-    sent with its first token, when its times are not known yet.
-    """
-    own = {"x-compute-type": compute_type or "unknown", "x-compute-characters": str(sum(map(_characters, requests)))}
-    if facts.stream:
-        return {**own, "x-accel-buffering": "no"}
-    total = facts.total or 0.0
-    inference = max(0.0, total - facts.prepared - facts.queued)
-    return {
-        **own,
-        "x-compute-time": f"{total:.6f}",
-        "x-total-time": _milliseconds(total),
-        "x-validation-time": _milliseconds(facts.prepared),
-        "x-queue-time": _milliseconds(facts.queued),
-        "x-inference-time": _milliseconds(inference),
-        "x-time-per-token": _milliseconds(inference / max(1, facts.completion_tokens)),
-        "x-prompt-tokens": str(facts.prompt_tokens),
-        "x-generated-tokens": str(facts.completion_tokens),
-    }
-
-
-def _milliseconds(seconds: float) -> str:
-    return str(int(seconds * 1000))
-
-
-def _characters(request: GenerationRequest) -> int:
-    """Return the number of characters of the prompt as it was sent, images included."""
-    return sum(
-        len(part.text) if isinstance(part, TextPart) else part.characters + _AROUND_AN_IMAGE
-        for part in prompt_parts(request.prompt)
-    )

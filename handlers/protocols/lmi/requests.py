@@ -39,8 +39,9 @@ from handlers.protocols.lmi.sagemaker import ADAPTER_HEADERS, INVOKE_ROUTES, PRE
 from handlers.protocols.lmi.sessions import SessionBody, SessionReply, Sessions
 from handlers.protocols.markdown_images import image_parts
 from handlers.protocols.openai.bodies import ChatBody, CompletionBody
+from handlers.protocols.openai.completion_writer import CompletionWriter
+from handlers.protocols.openai.events import ReplyOptions
 from handlers.protocols.openai.replies import ChatCompletion, ChatCompletionChunk, Completion, OpenAIError
-from handlers.protocols.openai.writers import CompletionWriter, ReplyOptions
 from handlers.protocols.sampler_fields import (
     Bias,
     ChoiceCount,

@@ -13,8 +13,8 @@ from handlers.protocols.base import MAX_ANSWERS, MAX_PROMPTS, TokenId, described
 from handlers.protocols.body import refuse_unknown
 from handlers.protocols.constraints import GUIDED
 from handlers.protocols.known_names import KnownNames
+from handlers.protocols.openai.events import ReplyOptions
 from handlers.protocols.openai.messages import AssistantMessage, RequestMessage
-from handlers.protocols.openai.writers import ReplyOptions
 from handlers.protocols.sampler_fields import (
     Bias,
     ChoiceCount,

@@ -23,9 +23,9 @@ from handlers.protocols.openai.bodies import (
     refuse_unsupported,
     reply_options,
 )
+from handlers.protocols.openai.chat_writer import ChatWriter
 from handlers.protocols.openai.messages import misspelt, read_messages
 from handlers.protocols.openai.tools import Tools, read_tools
-from handlers.protocols.openai.writers import ChatWriter
 from handlers.protocols.sampler_fields import sampler_names, sampling_params
 from handlers.request import ChatPrompt, Incoming, TextPart
 

@@ -20,7 +20,7 @@ from handlers.protocols.openai.bodies import (
     refuse_unsupported,
     reply_options,
 )
-from handlers.protocols.openai.writers import CompletionWriter
+from handlers.protocols.openai.completion_writer import CompletionWriter
 from handlers.protocols.sampler_fields import sampler_names, sampling_params
 from handlers.request import Incoming, TextPrompt
 
