@@ -18,10 +18,10 @@ import torch
 from transformers import PretrainedConfig
 
 from engine.attention.kernel import AttentionKernel, PackedStep, StaticStep
+from engine.commands import ChunkInput
 from engine.config import EngineConfig
 from engine.families.base import FamilyModel
 from engine.memory import GRAPHS_RESERVE
-from engine.scheduler import ChunkInput
 
 logger = logging.getLogger(__name__)
 

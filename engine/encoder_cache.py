@@ -40,10 +40,10 @@ class EncoderCache:
     def used_bytes(self) -> int:
         return self._used
 
-    def count(self, *, hit: bool) -> None:
+    def count(self, digest: bytes) -> None:
         """Count the first lookup of a request's image."""
         self.queries += 1
-        self.hits += hit
+        self.hits += digest in self
 
     def put(self, digest: bytes, features: EncoderOutput) -> None:
         assert digest not in self._features

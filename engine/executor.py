@@ -16,11 +16,11 @@ import msgspec
 import torch
 import torch.distributed as dist
 
+from engine.commands import Command
 from engine.config import EngineConfig
 from engine.loader import check_ranks, load_model
 from engine.machine import keep_freed_memory, usable_cores
 from engine.runner import ModelRunner, StepLogits
-from engine.scheduler import Command
 from engine.tensor_parallel import Ranks
 from processes.environment import child_command, child_environment
 from processes.inside import Frames

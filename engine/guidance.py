@@ -191,16 +191,23 @@ class Guidance:
         While a completion is shorter than min_tokens, or with ignore_eos, it ends only where the grammar
         does.
         """
-        for mask, state in zip(self.fill(guides), states, strict=True):
-            ending_ids: list[int] = state.ending_ids.tolist() if state.too_short else []
-            if state.too_short or state.params.ignore_eos:
-                ending_ids += self.eos_token_ids
-            if ending_ids:
-                others = mask.copy()
-                _remove(others, ending_ids)
-                if others.any():
-                    mask = others
-            state.grammar_mask = mask
+        try:
+            for mask, state in zip(self.fill(guides), states, strict=True):
+                ending_ids: list[int] = state.ending_ids.tolist() if state.too_short else []
+                if state.too_short or state.params.ignore_eos:
+                    ending_ids += self.eos_token_ids
+                if ending_ids:
+                    others = mask.copy()
+                    _remove(others, ending_ids)
+                    if others.any():
+                        mask = others
+                state.grammar_mask = mask
+        except BaseException as error:  # a panic in Rust is not an Exception
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            logger.exception("what the grammars of %d answers allow could not be computed", len(guides))
+            for guide in guides:
+                guide.reason = guide.reason or "what the grammar allows could not be computed"
 
 
 @dataclass(slots=True)

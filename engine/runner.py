@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from engine.attention.kernel import CacheShape, PackedStep
 from engine.attention.select import choose_kernel
+from engine.commands import ChunkInput, Command, Encode, Run, Scrub, Trim
 from engine.config import EngineConfig
 from engine.decode_graphs import DecodeGraphs, has_graphs
 from engine.encoder_cache import EncoderCache, EncoderOutput
@@ -21,7 +22,6 @@ from engine.families.base import AttendedChunk, FamilyModel
 from engine.memory import cache_blocks, encoder_budget
 from engine.messages import EMBEDDINGS, ImageInput
 from engine.packed_linear import PackedLinear
-from engine.scheduler import ChunkInput, Command, Encode, Run, Scrub, Trim
 from engine.threads import StepThreads
 
 logger = logging.getLogger(__name__)

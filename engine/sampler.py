@@ -10,6 +10,7 @@ preemption, or on how the prompt was cut.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -190,14 +191,21 @@ class Sampler:
 def prompt_logprobs(logits: Tensor, next_token_ids: Sequence[int], k: int) -> list[Logprobs]:
     """Compute the log probability of each prompt token given those before it.
 
+    An image's placeholder may lie outside the vocabulary; its probability is 0.
+
     Args:
         logits: [T, V], one row for each position.
         next_token_ids: The T tokens that follow those positions.
         k: Number of best tokens to report beside each token.
     """
     assert len(logits) == len(next_token_ids)
-    chosen = torch.tensor(next_token_ids, dtype=torch.int64, device=logits.device)
-    return [_unpack_logprobs(row, k) for row in _pack_logprobs(logits, chosen, k).tolist()]
+    vocab_size = logits.shape[1]
+    chosen = torch.tensor(next_token_ids, dtype=torch.int64, device=logits.device).clamp_max(vocab_size - 1)
+    entries = [_unpack_logprobs(row, k) for row in _pack_logprobs(logits, chosen, k).tolist()]
+    for token_id, entry in zip(next_token_ids, entries, strict=True):
+        if token_id >= vocab_size:
+            entry.token_ids[0], entry.logprobs[0], entry.ranks[0] = token_id, -math.inf, vocab_size
+    return entries
 
 
 def _select(table: Tensor, rows: Tensor) -> Tensor:

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import time
 from bisect import insort
 from dataclasses import dataclass, field
 
-import msgspec
-
-from engine.messages import ImageInput, TensorData
-from engine.sequence import BlockPool, Sequence
-
-_WEIGHT = 0.25
-"""Weight of the newest measurement."""
-
-FEWEST_TOKENS = 16
-"""Prompt tokens that a step may always compute, so that prompts go on however slow the model is."""
+from engine.block_pool import BlockPool
+from engine.messages import ImageInput
+from engine.sequence import Sequence
+from engine.step_time import StepTime
 
 
 @dataclass(slots=True)
@@ -35,6 +28,11 @@ class Chunk:
     @property
     def stop(self) -> int:
         return self.start + self.length
+
+    @property
+    def images(self) -> list[ImageInput]:
+        """The images whose encoder outputs are needed to compute the chunk."""
+        return self.sequence.images_for(self.start, self.stop)
 
     @property
     def samples(self) -> bool:
@@ -222,152 +220,3 @@ class Scheduler:
     def _preempt(self, victim: Sequence) -> None:
         self.restart(victim)
         self.preemptions += 1
-
-
-class StepTime:
-    """Bounds the time that requests which are being streamed wait for the prompts and images of others.
-
-    A step with decodes gets so many prompt tokens and images that it takes about `seconds`, or two and a half times as
-    long as the decodes alone where that is longer. Without decodes nobody waits between two tokens, and nothing is
-    bounded.
-    """
-
-    def __init__(self, seconds: float | None) -> None:
-        """Create an estimate that knows nothing yet. seconds: the bound; None for none."""
-        self._seconds = seconds
-        self._decodes = 0.0
-        self._token = 0.0
-        self._image = 0.0
-
-    @property
-    def _bound(self) -> float:
-        return math.inf if self._seconds is None else max(self._seconds, 2.5 * self._decodes)
-
-    def prompt_tokens(self) -> int | None:
-        """Return the greatest number of prompt tokens in a step with decodes; None for no limit."""
-        if self._seconds is None or not self._token:
-            return None
-        return max(FEWEST_TOKENS, int((self._bound - self._decodes) / self._token))
-
-    def images(self) -> int | None:
-        """Return the greatest number of images that a step with decodes encodes; None for no limit."""
-        if self._seconds is None or not self._image:
-            return None
-        return max(1, int(self._bound / self._image))
-
-    def leaves_no_time(self, encoding: float) -> bool:
-        """Whether a step with decodes in which images took `encoding` seconds leaves the prompts to the next step."""
-        return encoding > self._bound / 2
-
-    def note_step(self, prompt_tokens: int, seconds: float) -> None:
-        """Learn from a step without images that computed so many tokens of prompts."""
-        if prompt_tokens == 0:
-            self._decodes = _averaged(self._decodes, seconds)
-        elif prompt_tokens >= FEWEST_TOKENS:
-            self._token = _averaged(self._token, max(seconds - self._decodes, seconds / 2) / prompt_tokens)
-
-    def note_images(self, count: int, seconds: float) -> None:
-        """Learn from the encoding of `count` images."""
-        self._image = _averaged(self._image, seconds / count)
-
-
-def _averaged(average: float, newest: float) -> float:
-    return average + _WEIGHT * (newest - average) if average else newest
-
-
-class ImagePlace(msgspec.Struct, array_like=True):
-    """Position of an image's tokens in its prompt (see `ImageInput`), without its pixels."""
-
-    digest: bytes
-    offset: int
-    length: int
-    is_embed: list[bool] | None
-
-    @property
-    def end(self) -> int:
-        return self.offset + self.length
-
-
-class ChunkInput(msgspec.Struct, array_like=True):
-    """A `Chunk` as plain data, in the form in which every rank receives it: the tokens [start, start + len(token_ids)).
-
-    Drafted tokens are tokens like any other.
-
-    Attributes:
-        token_ids: The tokens.
-        start: Index of the first token in its sequence.
-        block_table: Blocks of the sequence.
-        samples: For how many tokens, counted from the last one, the logits are needed.
-        prompt_logits: Whether the logits of all tokens are needed.
-        images: Images that the chunk needs.
-        spans: Spans of the sequence with bidirectional attention that have a token in the chunk.
-        position_delta: See `Sequence.positions_within`.
-        positions: See `Sequence.positions_within`.
-        is_long: See `Sequence`.
-    """
-
-    token_ids: list[int]
-    start: int
-    block_table: list[int]
-    samples: int
-    prompt_logits: bool
-    images: list[ImagePlace]
-    spans: list[tuple[int, int]] = []
-    position_delta: int = 0
-    positions: TensorData | None = None
-    is_long: bool = False
-
-    @property
-    def length(self) -> int:
-        return len(self.token_ids)
-
-    @property
-    def stop(self) -> int:
-        return self.start + len(self.token_ids)
-
-    @classmethod
-    def of(cls, chunk: Chunk) -> ChunkInput:
-        sequence, start, stop = chunk.sequence, chunk.start, chunk.stop + len(chunk.drafts)
-        positions = sequence.positions_within(start, stop)
-        return cls(
-            token_ids=sequence.token_ids[start : chunk.stop] + chunk.drafts,
-            start=start,
-            block_table=sequence.block_table,
-            samples=1 + len(chunk.drafts) if chunk.samples else 0,
-            prompt_logits=sequence.prompt_logprobs is not None and start < sequence.num_prompt_tokens,
-            images=[ImagePlace(p.digest, p.offset, p.length, p.is_embed) for p in sequence.images_for(start, stop)]
-            if sequence.images
-            else [],
-            spans=sequence.spans_within(start, stop) if sequence.spans else [],
-            position_delta=sequence.position_delta,
-            positions=None if positions is None else TensorData.pack(positions),
-            is_long=sequence.is_long,
-        )
-
-
-class Encode(msgspec.Struct, tag=True):
-    """Encode these images, and keep the outputs."""
-
-    images: list[ImageInput]
-
-
-class Run(msgspec.Struct, tag=True):
-    """Compute these chunks."""
-
-    chunks: list[ChunkInput]
-
-
-class Trim(msgspec.Struct, tag=True):
-    """Bring the encoder cache back within its budget, but keep these digests."""
-
-    keep: list[bytes]
-
-
-class Scrub(msgspec.Struct, tag=True):
-    """Zero these blocks."""
-
-    blocks: list[int]
-
-
-Command = Encode | Run | Trim | Scrub
-"""Commands to a rank. All ranks execute the same commands in the same order, so their caches stay identical."""

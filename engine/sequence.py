@@ -1,15 +1,8 @@
-"""One completion inside the engine: its tokens, how many of them are computed, and the blocks that hold them.
-
-The pool of all blocks knows which are free, shared, or hold a known prefix.
-"""
+"""One completion inside the engine: its tokens, how many of them are computed, and the blocks that hold them."""
 
 from __future__ import annotations
 
-import hashlib
 import time
-from array import array
-from collections import OrderedDict
-from collections.abc import Iterable
 from collections.abc import Sequence as Guides
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,16 +11,13 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from engine.messages import Add, ImageInput, Logprobs
+from engine.config import LookupConfig
+from engine.messages import Add, FinishReason, ImageInput, Logprobs
+from engine.prompt_lookup import PromptLookup
 from engine.sampling_state import SamplingState
 
 if TYPE_CHECKING:
     from engine.guidance import Guide
-    from engine.prompt_lookup import PromptLookup
-
-
-_ROOT = b"\0" * 16
-_LONG_ROOT = b"\1" * 16
 
 
 @dataclass(slots=True, eq=False)
@@ -57,7 +47,6 @@ class Sequence:
 
     request_id: int
     token_ids: list[int]
-    num_prompt_tokens: int
     images: list[ImageInput]
     sampling: SamplingState
     max_tokens: int
@@ -69,9 +58,7 @@ class Sequence:
     num_registered_blocks: int = 0
     cached_tokens: int = -1
     prompt_logprobs: list[Logprobs] | None = None
-    prompt_logprobs_sent: bool = False
     stop_token_ids: frozenset[int] = frozenset()
-    eos_token_ids: frozenset[int] = frozenset()
     leader: Sequence | None = None
     guide: Guide | None = None
     prefix_salt: bytes = b""
@@ -97,6 +84,7 @@ class Sequence:
         attends_images: bool = False,
         spans: Guides[tuple[int, int]] = (),
         long_after: int | None = None,
+        lookup: LookupConfig | None = None,
     ) -> list[Sequence]:
         """Create one sequence for each completion of a request.
 
@@ -109,13 +97,14 @@ class Sequence:
             attends_images: See `Sequence`.
             spans: See `Sequence`.
             long_after: See `Sequence`.
+            lookup: Settings of speculative decoding; None without it.
 
         Raises:
             ValueError, OverflowError or TypeError: The sampling parameters are out of range.
         """
         longest = max_model_len - len(add.token_ids)
         wanted = add.params.max_tokens
-        stop_token_ids, eos_token_ids = frozenset(add.params.stop_token_ids), frozenset(add.eos_token_ids)
+        stop_token_ids = frozenset(add.params.stop_token_ids)
         positions: Any = None if add.positions is None else add.positions.unpack()
         sequences: list[Sequence] = []
         for number, seed in enumerate(add.seeds):
@@ -124,7 +113,6 @@ class Sequence:
                 cls(
                     request_id=add.request_id + number,
                     token_ids=list(add.token_ids),
-                    num_prompt_tokens=len(add.token_ids),
                     images=add.images,
                     sampling=SamplingState(
                         params=params,
@@ -139,7 +127,6 @@ class Sequence:
                     order=order + number,
                     prompt_logprobs=[] if params.prompt_logprobs is not None else None,
                     stop_token_ids=stop_token_ids,
-                    eos_token_ids=eos_token_ids,
                     leader=sequences[0] if sequences else None,
                     guide=guides[number] if guides else None,
                     prefix_salt=prefix_salt,
@@ -148,6 +135,7 @@ class Sequence:
                     spans=list(spans),
                     positions=positions,
                     position_delta=add.position_delta,
+                    lookup=None if lookup is None else PromptLookup(lookup),
                 )
             )
         return sequences
@@ -155,6 +143,10 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.sampling.prompt_token_ids)
 
     @property
     def num_output_tokens(self) -> int:
@@ -188,6 +180,23 @@ class Sequence:
         self.token_ids.append(token_id)
         self.sampling.output_token_ids.append(token_id)
 
+    def finish_reason(self) -> tuple[FinishReason | None, int | None]:
+        """Return why the newest token ends the completion, and the stop token that caused it; None if it continues.
+
+        A completion whose grammar allows only the end is complete, even if end-of-sequence must not follow it.
+        """
+        params, token_id, count = self.sampling.params, self.token_ids[-1], self.num_output_tokens
+        if count >= params.min_tokens:
+            if not params.ignore_eos and token_id in self.sampling.eos_token_ids:
+                return "stop", None
+            if token_id in self.stop_token_ids:
+                return "stop", token_id
+        if self.guide is not None and self.guide.ended:
+            no_end = params.ignore_eos or self.sampling.too_short or not self.sampling.eos_token_ids
+            if no_end or count >= self.max_tokens:
+                return "stop", None
+        return ("length" if count >= self.max_tokens else None), None
+
     def uncut(self, start: int, stop: int) -> int:
         """Return the last position up to `stop` where a chunk from `start` may end: not inside a span."""
         for first, last in self.spans:
@@ -220,148 +229,3 @@ class Sequence:
     def images_within(self, start: int, stop: int) -> list[ImageInput]:
         """Return the images that have a token in [start, stop)."""
         return [p for p in self.images if p.offset < stop and p.end > start]
-
-
-class BlockPool:
-    """Hands out blocks of `block_size` tokens with reference counts.
-
-    A full block is registered under a hash of its whole prefix: the parent's hash, the token ids, and the
-    digests of images inside, because all images share one placeholder id. When its last user releases it, it
-    joins the free list but can be found until it is handed out again. The list is in order of release, so the
-    block that was used longest ago is forgotten first.
-    """
-
-    def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True) -> None:
-        assert num_blocks > 0
-        assert block_size > 0
-        self.num_blocks = num_blocks
-        self.block_size = block_size
-        self.prefix_caching = prefix_caching
-        self.queries = 0
-        self.hits = 0
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
-        self._references = [0] * num_blocks
-        self._hash_of: list[bytes | None] = [None] * num_blocks
-        self._block_of: dict[bytes, int] = {}
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
-
-    @property
-    def num_used(self) -> int:
-        return self.num_blocks - len(self._free)
-
-    def blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
-
-    def missing(self, sequence: Sequence, num_tokens: int) -> int:
-        """Return how many more blocks the sequence needs to hold its first `num_tokens` tokens."""
-        return self.blocks_for(num_tokens) - len(sequence.block_table)
-
-    def allocate(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Extend the block table to hold `num_tokens` tokens.
-
-        Returns:
-            False if too few blocks are free; then nothing has changed.
-        """
-        missing = self.missing(sequence, num_tokens)
-        if missing > len(self._free):
-            return False
-        for _ in range(missing):
-            sequence.block_table.append(self._take())
-        return True
-
-    def release(self, sequence: Sequence) -> None:
-        """Release all blocks of the sequence; the last ones join the free list first, to be reused first."""
-        for block in reversed(sequence.block_table):
-            self._references[block] -= 1
-            assert self._references[block] >= 0
-            if self._references[block] == 0:
-                self._free[block] = None
-                if self._hash_of[block] is None:
-                    self._free.move_to_end(block, last=False)
-        sequence.block_table.clear()
-        sequence.num_registered_blocks = 0
-
-    def reuse_prefix(self, sequence: Sequence) -> int:
-        """Give an empty sequence the longest cached prefix, and return its length in tokens.
-
-        At least the last token is left to compute, because its logits are needed.
-        """
-        assert not sequence.block_table
-        if not self.prefix_caching or sequence.prompt_logprobs is not None:
-            return 0
-        usable = (sequence.num_tokens - 1) // self.block_size
-        found: list[int] = []
-        for block_hash in self._hashes(sequence, usable):
-            block = self._block_of.get(block_hash)
-            if block is None:
-                break
-            found.append(block)
-        for block in found:
-            if self._references[block] == 0:
-                del self._free[block]
-            self._references[block] += 1
-        sequence.block_table.extend(found)
-        sequence.num_registered_blocks = len(found)
-        return len(found) * self.block_size
-
-    def count(self, sequence: Sequence) -> None:
-        """Count how many tokens an admitted sequence looked up, and how many were cached."""
-        if self.prefix_caching:
-            self.queries += sequence.num_tokens
-            self.hits += sequence.num_computed
-
-    def register(self, sequence: Sequence) -> None:
-        """Make the full and computed blocks of the sequence findable."""
-        full = sequence.num_computed // self.block_size
-        if not self.prefix_caching or full <= sequence.num_registered_blocks:
-            return
-        hashes = self._hashes(sequence, full)
-        for index in range(sequence.num_registered_blocks, full):
-            block, block_hash = sequence.block_table[index], hashes[index]
-            if self._hash_of[block] is None and block_hash not in self._block_of:
-                self._hash_of[block] = block_hash
-                self._block_of[block_hash] = block
-        sequence.num_registered_blocks = full
-
-    def discard(self, sequence: Sequence) -> list[int]:
-        """Make the sequence's blocks impossible to find, and return those that only it holds."""
-        for block in sequence.block_table:
-            block_hash = self._hash_of[block]
-            if block_hash is not None:
-                del self._block_of[block_hash]
-                self._hash_of[block] = None
-        return [block for block in sequence.block_table if self._references[block] == 1]
-
-    def _take(self) -> int:
-        block, _ = self._free.popitem(last=False)
-        old = self._hash_of[block]
-        if old is not None:
-            del self._block_of[old]
-            self._hash_of[block] = None
-        self._references[block] = 1
-        return block
-
-    def _hashes(self, sequence: Sequence, count: int) -> list[bytes]:
-        """Return the chained hashes of the first `count` blocks; they are kept on the sequence."""
-        hashes, size = sequence.block_hashes, self.block_size
-        while len(hashes) < count:
-            start = len(hashes) * size
-            state = hashlib.blake2b(hashes[-1] if hashes else _root(sequence), digest_size=16)
-            state.update(array("q", sequence.token_ids[start : start + size]).tobytes())
-            for part in _image_marks(sequence, start, start + size):
-                state.update(part)
-            hashes.append(state.digest())
-        return hashes[:count]
-
-
-def _root(sequence: Sequence) -> bytes:
-    return (_LONG_ROOT if sequence.is_long else _ROOT) + sequence.prefix_salt
-
-
-def _image_marks(sequence: Sequence, start: int, stop: int) -> Iterable[bytes]:
-    for image in sequence.images_within(start, stop):
-        yield image.digest
-        yield (image.offset - start).to_bytes(8, "little", signed=True)

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from engine.commands import ImagePlace
     from engine.fused import FusedDecoder
     from engine.messages import ImageInput
-    from engine.scheduler import ImagePlace
     from engine.tensor_parallel import Ranks
 
 

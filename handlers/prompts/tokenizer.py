@@ -10,6 +10,7 @@ from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
@@ -34,17 +35,30 @@ def load_tokenizer(path: str, *, trust_remote_code: bool) -> Any:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **format)
     except Exception as error:  # a damaged file raises whatever the code stumbles over
-        raise ModelLoadError(f"the tokenizer cannot be loaded: {one_line(error)}") from error
+        file = _damaged_file(Path(path))
+        where = f" from {file}, which is damaged (fetch it again)" if file else ""
+        raise ModelLoadError(f"the tokenizer cannot be loaded{where}: {one_line(error)}") from error
     if not tokenizer.is_fast:
         raise ModelLoadError("the model has no tokenizer.json; convert its tokenizer to the fast format")
     return tokenizer
 
 
+def _damaged_file(folder: Path) -> str | None:
+    """Return the name of the tokenizer's file that cannot be read; None where each can."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"):
+        try:
+            msgspec.json.decode((folder / name).read_bytes(), type=dict[str, Any])
+            if name == "tokenizer.json":
+                Tokenizer.from_file(str(folder / name))
+        except FileNotFoundError:
+            continue
+        except Exception:  # the library raises plain Exceptions
+            return name
+    return None
+
+
 def vocabulary_of(
-    tokenizer: PreTrainedTokenizerFast,
-    size: int,
-    eos_token_ids: tuple[int, ...],
-    forbidden: tuple[int, ...] = (),
+    tokenizer: PreTrainedTokenizerFast, size: int, eos_token_ids: tuple[int, ...], forbidden: tuple[int, ...] = ()
 ) -> Vocabulary:
     """Return what the engine must know of a vocabulary. size: number of logits. forbidden: tokens never generated."""
     backend = copy.copy(tokenizer.backend_tokenizer)

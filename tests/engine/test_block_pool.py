@@ -5,9 +5,10 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.block_pool import BlockPool
 from engine.messages import Add, ImageInput
 from engine.sampling_params import SamplingParams
-from engine.sequence import BlockPool, Sequence
+from engine.sequence import Sequence
 
 SIZE = 4
 

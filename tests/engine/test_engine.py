@@ -4,7 +4,7 @@ on company."""
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from engine.engine import ENCODE_PER_STEP, Engine
-from engine.errors import EngineError
+from engine.errors import EngineError, ModelLoadError
 from engine.messages import Add, Logprobs
 from engine.sampling_params import SamplingParams
 from engine.sampling_state import SamplingState
@@ -124,6 +124,26 @@ def test_a_request_with_nan_fails_alone_and_poisons_nobody_later(path: Path, ora
     for start in range(0, 60, 7):
         prompt = Prompt(list(range(start, start + 61)))
         assert one(engine, prompt.add(None, greedy())).token_ids == oracle.generate(prompt, 12)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (
+            lambda weights: weights.fill_(float("nan")),
+            "its logits are NaN or infinite; its weights are damaged, or too",
+        ),
+        (lambda weights: setattr(weights, "data", weights.data[:, 1:]), "its first step failed, as logged above"),
+    ],
+)
+def test_a_model_that_cannot_generate_is_refused_before_any_request(
+    engine: Engine, damage: Callable[[torch.Tensor], object], said: str
+) -> None:
+    with torch.no_grad():
+        damage(engine.runner.model.head.weight)  # type: ignore[arg-type]
+    with pytest.raises(ModelLoadError, match=said) as refused:
+        engine.warm_up()
+    assert "request" not in str(refused.value), "an operator has sent none"
 
 
 def test_a_step_that_raises_for_one_request_is_finished_for_the_others(

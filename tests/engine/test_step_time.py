@@ -11,7 +11,7 @@ import pytest
 from engine.engine import Engine
 from engine.messages import Add
 from engine.sampling_params import SamplingParams
-from engine.scheduler import FEWEST_TOKENS, StepTime
+from engine.step_time import FEWEST_TOKENS, StepTime
 from tests.support.engine_driver import Oracle, Prompt, Result, collect, load_engine, random_image
 from tests.support.models import make_llava
 

@@ -135,7 +135,7 @@ def test_check_and_start_agree_about_a_damaged_file(
         ("vision", {"tokenizer.json": None}, "the model has no tokenizer: there is no tokenizer.json in"),
         ("vision", {"chat_template.jinja": "{% if %}"}, "chat template of chat_template.jinja has an error in line 1"),
         ("sharded", {"model-00002-of-00002.safetensors": None}, "names model-00002-of-00002.safetensors, which"),
-        ("sharded", {"tokenizer.json": "{}"}, "the tokenizer cannot be loaded"),
+        ("sharded", {"tokenizer.json": "{}"}, "the tokenizer cannot be loaded from tokenizer.json, which is damaged"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_in_one_line(
