@@ -27,6 +27,7 @@ from handlers.protocols.base import (
     Task,
     TokenCount,
     TokenId,
+    Writer,
     described_as,
 )
 from handlers.protocols.body import convert
@@ -135,18 +136,19 @@ def read_lmi(body: dict[str, Any], server: ServerContext, incoming: Incoming, ad
     parameters = _read_parameters(given)
     if server.tgi_compat and parameters.details is None:
         parameters.details = True
-    many = isinstance(asked.inputs, list)
     prompts = asked.inputs if isinstance(asked.inputs, list) else [asked.inputs]
     if not prompts:
         raise InvalidParameter("inputs", "is an empty list")
     stream = _streams(asked.stream, len(prompts), parameters, server)
     adapters = _adapters(asked.adapters, adapter, len(prompts))
-    details = bool(parameters.details)
     sampling = _read_sampling(
-        parameters, server.sampling, shows_tokens=stream or details, shows_prompt=parameters.prefill and not stream
+        parameters,
+        server.sampling,
+        shows_tokens=stream or bool(parameters.details),
+        shows_prompt=parameters.prefill and not stream,
     )
     constraint = _constraint_of(given)
-    request_id, accept = incoming.request_id, accept_of(incoming.headers)
+    request_id = incoming.request_id
     misspelt = [*_BODY_NAMES.misspelt(body), *_PARAMETER_NAMES.misspelt(given, "parameters")]
     requests = [
         GenerationRequest(
@@ -163,13 +165,26 @@ def read_lmi(body: dict[str, Any], server: ServerContext, incoming: Incoming, ad
         )
         for i, text in enumerate(prompts)
     ]
+    writer = _writer(asked, prompts, parameters, requests, server, incoming)
+    return Task(requests, writer, misspelt, _FIELDS)
+
+
+def _writer(
+    asked: LmiBody,
+    prompts: list[str],
+    parameters: LmiParameters,
+    requests: list[GenerationRequest],
+    server: ServerContext,
+    incoming: Incoming,
+) -> Writer:
+    """Return the writer that the server's options and the `Accept` header ask for."""
+    accept, sampling, details = accept_of(incoming.headers), requests[0].sampling, bool(parameters.details)
     if server.custom_output:
-        completion = CompletionWriter(
-            ReplyOptions(reply_id=f"cmpl-{request_id}", model=asked.model or server.model_name),
+        return CompletionWriter(
+            ReplyOptions(reply_id=f"cmpl-{incoming.request_id}", model=asked.model or server.model_name),
             n=parameters.returned,
             logprobs=parameters.top_tokens if sampling.logprobs is not None else None,
         )
-        return Task(requests, completion, misspelt, _FIELDS)
     if server.tgi_compat:
         events = TgiWriter(
             inputs=prompts,
@@ -181,19 +196,18 @@ def read_lmi(body: dict[str, Any], server: ServerContext, incoming: Incoming, ad
             seeds=[_seeded(request) for request in requests],
             special_token_ids=server.special_token_ids,
         )
-        return Task(requests, JsonLines(events) if wants_lines(accept) else events, misspelt, _FIELDS)
-    writer = LmiWriter(
+        return JsonLines(events) if wants_lines(accept) else events
+    return LmiWriter(
         inputs=prompts,
-        many=many,
+        many=isinstance(asked.inputs, list),
         returned=parameters.returned,
         details=details,
         prefill=sampling.prompt_logprobs is not None,
         full_text=bool(parameters.return_full_text),
         top_tokens=parameters.top_tokens,
         seed=None if parameters.seed == -1 else parameters.seed,
-        sse=_wants_sse(accept, server),
+        sse="text/event-stream" in accept or (server.output_formatter == "sse" and not wants_lines(accept)),
     )
-    return Task(requests, writer, misspelt, _FIELDS)
 
 
 def _streams(asked: bool | None, prompts: int, parameters: LmiParameters, server: ServerContext) -> bool:
@@ -217,12 +231,6 @@ def _adapters(named: str | list[str] | None, header: str | None, count: int) -> 
             raise InvalidParameter("adapters", f"has {len(named)} names for {count} inputs")
         return [name or None for name in named]
     return [named or None] * count
-
-
-def _wants_sse(accept: str, server: ServerContext) -> bool:
-    if "text/event-stream" in accept:
-        return True
-    return server.output_formatter == "sse" and not wants_lines(accept)
 
 
 def wants_lines(accept: str) -> bool:

@@ -12,7 +12,7 @@ from handlers.protocols.base import ServerContext, Task
 from handlers.protocols.body import convert
 from handlers.protocols.constraints import read_constraint
 from handlers.protocols.known_names import KnownNames
-from handlers.protocols.openai.answer_form import AnswerForm, answer_form
+from handlers.protocols.openai.answer_form import answer_form
 from handlers.protocols.openai.bodies import (
     ChatBody,
     check_stream,
@@ -41,16 +41,7 @@ def read_chat(body: dict[str, Any], server: ServerContext, incoming: Incoming, a
     asked = convert(body, ChatBody)
     if asked.modalities is not None and asked.modalities != ["text"]:
         raise InvalidRequest('modalities: this server answers with ["text"] only', param="modalities")
-    tools = None
-    if asked.tools or asked.functions or asked.tool_choice is not None:
-        tools = read_tools(
-            tools=asked.tools,
-            choice=asked.tool_choice,
-            parallel=asked.parallel_tool_calls,
-            functions=asked.functions,
-            function_call=asked.function_call,
-            formats=server.formats,
-        )
+    tools = read_tools(asked, server.formats)
     check_stream(asked)
     n = count_answers(asked)
     names = sampler_names(asked)
@@ -61,10 +52,8 @@ def read_chat(body: dict[str, Any], server: ServerContext, incoming: Incoming, a
         response_format=asked.response_format, structured_outputs=asked.structured_outputs, guided=body
     )
     sampling = sampling_params(_sampling(asked), server.sampling, names)
-    form = AnswerForm(constraint)
-    if tools is not None or server.formats.reasoning is not None:
-        hide = asked.include_reasoning is False
-        form = answer_form(tools, constraint, server, prompt.template_kwargs, hide_reasoning=hide)
+    hide = asked.include_reasoning is False
+    form = answer_form(tools, constraint, server, prompt.template_kwargs, hide_reasoning=hide)
     if form.keeps_special_tokens and sampling.skip_special_tokens:
         sampling = msgspec.structs.replace(sampling, skip_special_tokens=False)
     request_id = incoming.request_id

@@ -16,6 +16,7 @@ from handlers.protocols.body import refuse_unknown, shown_value
 from handlers.protocols.body_limits import MAX_DEPTH, depth
 from handlers.protocols.constraints import MAX_BYTES
 from handlers.protocols.known_names import KnownNames
+from handlers.protocols.openai.bodies import ChatBody
 from handlers.request import Constraint
 
 MAX_TOOLS = 128
@@ -41,7 +42,7 @@ class Tools:
         offered: All functions, for the chat template, each as {"type": "function", "function": {...}}.
         callable: Those that may be called; only one if the choice is "named".
         choice: Whether the model may choose to call, must call, or must call the one function.
-        parallel: Whether an answer may contain several calls.
+        parallel: Whether an answer may contain several calls, which it never does for `legacy`.
         legacy: Whether the client uses OpenAI's older `functions` instead of `tools`.
     """
 
@@ -66,26 +67,19 @@ class Tools:
         return Constraint("json_schema", msgspec.json.encode(schema).decode(), "tools", whitespace_pattern="[ ]?")
 
 
-def read_tools(
-    *,
-    tools: Sequence[object] | None,
-    choice: object = None,
-    parallel: bool | None = None,
-    functions: Sequence[object] | None = None,
-    function_call: object = None,
-    formats: AnswerFormats,
-) -> Tools | None:
+def read_tools(asked: ChatBody, formats: AnswerFormats) -> Tools | None:
     """Return the tools of a request; None if none may be called. `functions` and `function_call` are the older names.
 
     Raises:
         InvalidRequest: It names the path of what is wrong.
     """
-    legacy = not tools and bool(functions)
+    choice: object = asked.tool_choice
+    legacy = not asked.tools and bool(asked.functions)
     if legacy:
-        field, choice_field, offered = "functions", "function_call", functions or ()
-        choice = {"function": function_call} if isinstance(function_call, dict) else function_call
+        field, choice_field, offered = "functions", "function_call", asked.functions
+        choice = {"function": asked.function_call} if isinstance(asked.function_call, dict) else asked.function_call
     else:
-        field, choice_field, offered = "tools", "tool_choice", tools or ()
+        field, choice_field, offered = "tools", "tool_choice", asked.tools
     mode, allowed = _choice(choice, choice_field)
     if mode == "none":
         return None
@@ -103,7 +97,7 @@ def read_tools(
             if name not in known:
                 raise InvalidParameter(choice_field, f"names {name[:80]!r}, which is not among the {field}")
         usable = [known[name] for name in dict.fromkeys(allowed)]
-    parallel = parallel is not False and not legacy
+    parallel = asked.parallel_tool_calls is not False and not legacy
     if mode in ("required", "named"):
         return Tools(definitions, usable, "named" if mode == "named" else "required", parallel, legacy)
     if not formats.auto or formats.tools is None:
