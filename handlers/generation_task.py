@@ -34,8 +34,8 @@ class GenerationTask:
 
     It fills in the facts, and notifies the observer, as the task proceeds.
 
-    Call `answers` or, for a stream, `deltas`, and only once. Whoever made one must `close` it, also after an error
-    or a cancellation.
+    Call `answers` or, for a stream, `deltas`, and only once. Its maker must `close` it, also after an error or a
+    cancellation.
     """
 
     def __init__(

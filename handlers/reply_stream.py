@@ -18,9 +18,11 @@ MOST_WAITING = 2**20
 class ReplyStream:
     """The chunks of one `GenerationTask` that has its first delta. Exhaust it or `aclose` it.
 
-    A separate task reads the engine, so that a slow client delays nobody and gets everything that has waited in one
-    chunk. It stops the task at the end of generation; the task is closed, and its places are free, once everything has
-    been read. While more than `MOST_WAITING` bytes are waiting it stops reading, and it gives up after `read_timeout`.
+    A separate asyncio task reads the engine, so that a slow client delays no other request; the client then gets
+    everything that has waited in one chunk. Generation may end before the client has read it all: then the
+    `GenerationTask` is stopped, but it is closed, which frees its places in the queue, only when everything has been
+    read. While more than `MOST_WAITING` bytes are waiting, the engine is not read, and after `read_timeout` the stream
+    fails.
     """
 
     def __init__(

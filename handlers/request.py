@@ -395,7 +395,7 @@ class Reply:
 
     `logged` says that another process has written the request's line to the log.
 
-    Whoever holds a streamed reply must exhaust `chunks` or `aclose()` it: that frees the request's place in
+    The holder of a streamed reply must exhaust `chunks` or `aclose()` it: that frees the request's place in
     the queue and aborts it in the engine.
     """
 

@@ -217,7 +217,7 @@ class Service:
     async def _answer_line(
         self, request_id: str, body: dict[str, Any], incoming: Incoming, facts: RequestFacts, long: bool
     ) -> Reply:
-        """Answer a line of a body, whole whatever it says of a stream. request_id: the whole body's."""
+        """Answer a line of a body, never as a stream, even if it asks for one. request_id: the whole body's."""
         facts.request_id = request_id
         body["stream"] = False
         body.pop("stream_options", None)

@@ -51,7 +51,7 @@ class ErrorFormat:
     """How one API writes errors.
 
     Attributes:
-        body: Makes of an error what is encoded as JSON.
+        body: Returns what is encoded as JSON for an error.
         status: The HTTP status of its reply, where that is not the error's own.
     """
 

@@ -54,7 +54,7 @@ class BodyCount:
     r"""What a body holds, as far as it has been counted.
 
     Attributes:
-        values: Items of lists and objects: never fewer than there are.
+        values: Items of lists and objects, or more: the count is never too low.
         escapes: Backslashes, except those of `slashes`.
         slashes: `\/`, as some clients write every slash, also in images; replaced before the body is parsed.
         outside: Bytes outside of texts.
@@ -181,7 +181,7 @@ def _without_escapes(piece: bytes) -> tuple[bytes, int, int]:
 
 
 def _flags(piece: bytes) -> int:
-    """Return what a text contains of which this is a piece, from `_without_escapes`."""
+    """Return `_WIDE` and `_ESCAPED` as they hold for a piece of a text that `_without_escapes` returned."""
     if b"\\" not in piece:
         return 0 if piece.isascii() else _WIDE
     return _ESCAPED if piece.isascii() and b"\\u" not in piece else _ESCAPED | _WIDE

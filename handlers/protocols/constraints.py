@@ -25,7 +25,7 @@ MAX_BYTES = 2**18
 MAX_WHITESPACE_PATTERN = 200
 
 GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_json_object")
-"""The older fields, of which one may be given; `guided_whitespace_pattern` goes with the first."""
+"""The older fields; a request may have one of them. `guided_whitespace_pattern` goes with the first."""
 
 _NAMED_SCHEMA = frozenset({"name", "description", "schema", "strict"})
 _FLAGS = frozenset({"disable_any_whitespace", "disable_additional_properties", "whitespace_pattern"})

@@ -2,7 +2,7 @@
 
 Clients send fields that only other servers know, so an unknown name is not an error; but one that is nearly
 `max_tokens` was meant to change the answer. Warnings are bounded in size and number and consist of plain names alone;
-the work to find them is bounded, too.
+the work to find them is bounded as well.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from handlers.errors import InvalidRequest
 from handlers.request import ImagePart, Part, TextPart
 
 MOST_IMAGES = 1024
-"""The most images of a text, whatever `option.limit_mm_per_prompt` says: a long text could name millions."""
+"""The most images of a text, even if `option.limit_mm_per_prompt` allows more: a long text could name millions."""
 
 _WINDOW = 2**17
 """Characters searched in one step."""

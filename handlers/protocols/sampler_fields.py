@@ -127,7 +127,7 @@ def sampler_values(asked: SamplerFields) -> dict[str, Any]:
         value = getattr(asked, name)
         values[name] = tuple(value) if isinstance(value, list) else value
     if asked.allowed_token_ids is not None:
-        # Once for each: repeated a million times, it would be copied for every answer.
+        # Each id once: a list with a million repetitions would be copied for every answer.
         values["allowed_token_ids"] = tuple(dict.fromkeys(asked.allowed_token_ids))
     if isinstance(asked.dry_sequence_breakers, str):
         values["dry_sequence_breakers"] = _texts(asked.dry_sequence_breakers)

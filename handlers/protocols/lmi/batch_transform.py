@@ -1,8 +1,8 @@
 """SageMaker's batch transform: bodies of JSON lines.
 
-Each line is a request of its own, and gets a line of the reply, in the same order. A mistake in a line becomes an error
-on the line of its answer, so that it costs no other line. A failure of the server fails them all: the platform then
-sends the same lines again, but would keep an error that it finds in a reply.
+Each line is a request of its own, and is answered by a line of the reply, in the same order. A client's mistake in a
+line is answered by an error on its line; the other lines are answered as usual. A failure of the server fails the whole
+body: the platform then sends the same lines again, whereas it would keep an error that it finds in a reply.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MOST_SECONDS = 3600.0
 
 _TYPES = frozenset({JSON_LINES, "application/jsonl", "application/x-jsonlines", "application/x-ndjson"})
 _LONGEST_BLANK = 4096
-"""A longer line is a request whatever it holds: looking through all of it would hold up the event loop."""
+"""A longer line counts as a request even if it is blank: looking through all of it would hold up the event loop."""
 
 _PAYLOAD_MB = 6
 """What batch transform sends at most where its user says nothing."""

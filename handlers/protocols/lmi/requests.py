@@ -269,7 +269,9 @@ def _read_parameters(given: dict[str, Any]) -> LmiParameters:
 def _read_sampling(
     parameters: LmiParameters, defaults: Mapping[str, Any], *, shows_tokens: bool, shows_prompt: bool
 ) -> RequestSampling:
-    """Greedy unless asked otherwise, and 30 tokens, whatever the model's own defaults say. Engine names work, too.
+    """Return the sampling: greedy and 30 tokens unless the client asks for something else, as in LMI.
+
+    The model's own defaults do not change these two. The engine's names of parameters are read as well.
 
     shows_tokens, shows_prompt: whether the reply holds the answer's and the prompt's tokens with their
     probabilities. Raises InvalidRequest.

@@ -32,7 +32,7 @@ class CompletionWriter:
     """Writes one text completion; the choices of prompt p have the indexes p * n to p * n + n - 1.
 
     Attributes:
-        n: Answers shown for each prompt, the best of those that there are.
+        n: The number of answers shown for each prompt: the best, if more were generated.
         logprobs: How many candidates to show beside each token of an answer; None for no logprobs.
         prompt_logprobs: The same for tokens of the prompt.
         echo: What each prompt looks like before its answers; None among them for the text of its tokens.

@@ -62,7 +62,7 @@ _MOST_MESSAGES = 32
 """The number of last messages whose keys are checked: a client writes all of them in the same way."""
 
 FEWEST_PARTS = 4096
-"""The number of messages, or of parts, that a chat may have whatever the model's context."""
+"""The number of messages, or of parts, that a chat may have with any model; a longer context allows more."""
 
 _ROWS, _GRID = "image_embeds", "image_grid_thw"
 
@@ -163,7 +163,7 @@ def _check_number(count: int, what: str, context: int) -> None:
 
 
 def misspelt(messages: list[Any]) -> list[str]:
-    """Return warnings about the names in messages (see `KnownNames.misspelt`), unless the name meant is given, too."""
+    """Return warnings about misspelt names in messages whose intended name is not given as well."""
     found: list[str] = []
     for i in range(max(0, len(messages) - _MOST_MESSAGES), len(messages)):
         found += _NAMES.misspelt(messages[i], f"messages[{i}]", only_missing=True)
@@ -193,7 +193,7 @@ def _message(message: Any, path: str) -> Message:
         reasoning = _optional_string(message, "reasoning_content", path)
     calls = _calls(message, path)
     content = message.get("content")
-    if content is None:  # As in a reply of which only reasoning or calls came, and as empty as in vLLM.
+    if content is None:  # As in a reply with only reasoning or calls; the content is then empty, as in vLLM.
         content = message.get("refusal") or []
         if not content and not calls and reasoning is None:
             _refuse_instead_of_content(message, path)
@@ -254,7 +254,7 @@ def _content(content: Any, path: str) -> list[Part]:
 
 
 def _is_empty(part: Any) -> bool:
-    """Whether a text part's text is null, as some clients send it; vLLM skips it, too."""
+    """Whether a text part's text is null, as some clients send it; vLLM skips it as well."""
     return isinstance(part, dict) and part.get("type") in ("text", "refusal") and part.get(part["type"], 0) is None
 
 

@@ -1,7 +1,7 @@
 """OpenAI's replies: the structs that are both written and described by `/openapi.json`.
 
-Their fields stand in the order in which they are written. Those that are left out where nobody asked for them are
-`UNSET`; those that are None are written as null.
+Their fields are written in this order. A field that is left out unless the client asks for it is `UNSET`; None is
+written as null.
 """
 
 from __future__ import annotations

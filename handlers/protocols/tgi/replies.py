@@ -25,7 +25,7 @@ from handlers.errors import (
     ServingError,
     Unavailable,
 )
-from handlers.protocols.base import JSON, MAX_ANSWERS, MAX_PROMPTS, Answer, Answered, ErrorFormat
+from handlers.protocols.base import JSON, MAX_ANSWERS, MAX_PROMPTS, SSE_TYPE, Answer, Answered, ErrorFormat
 from handlers.request import MAX_STOP_STRINGS, Incoming, Reply
 from handlers.version import VERSION
 
@@ -123,7 +123,7 @@ class TgiWriter:
     top_tokens: int = 0
     special_token_ids: Set[int] = frozenset()
 
-    stream_type = "text/event-stream"
+    stream_type = SSE_TYPE
     keep_alive = b":\n\n"
 
     def __post_init__(self) -> None:

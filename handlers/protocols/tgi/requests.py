@@ -221,8 +221,8 @@ def _sampling(asked: TgiParameters, seeds: list[int | None], *, shows_tokens: bo
 
 _ERROR_ROUTES = frozenset({*GENERATE_ROUTES, "/chat_tokenize", "/info"})
 _BROWSER_CLIENT = "@huggingface/"
-"""Hugging Face's JavaScript client shows an error only where it is a string, on every route, and calls again at once
-and for ever where the status is 503: it gets TGI's errors."""
+"""Hugging Face's JavaScript client, which gets TGI's errors on every route: it shows an error only if it is a string,
+and after a 503 it calls again at once, without end."""
 
 
 def _claims(route: str, headers: Mapping[str, str], keys: Collection[str]) -> bool:
