@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain, pairwise
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from engine.encoder_cache import EncoderCache, EncoderOutput
 from engine.families.base import AttendedChunk, FamilyModel
 from engine.memory import cache_blocks, encoder_budget
 from engine.messages import EMBEDDINGS, ImageInput
-from engine.packed_linear import PackedLinear
+from engine.packed_linear import PackedLinear, most_cheap_rows
 from engine.threads import StepThreads
 
 logger = logging.getLogger(__name__)
@@ -85,6 +85,7 @@ class ModelRunner:
             )
         self.encoder_cache = EncoderCache(images)
         self.threads = StepThreads(1)
+        self._cheap_rows = most_cheap_rows(model.decoder, model.head)
         self.max_model_len, self.num_blocks = cache_blocks(config, shape, text, image_bytes, graphs=graphs)
         self.kernel = kernel(replace(shape, num_blocks=self.num_blocks + graphs))
         self.graphs: DecodeGraphs | None = None
@@ -148,27 +149,34 @@ class ModelRunner:
         order = sorted(range(len(chunks)), key=lambda i: chunks[i].length != 1)
         ordered = [chunks[i] for i in order]
         step, token_ids, positions = self._pack(ordered)
-        run = self.graphs.run if self.graphs is not None and self.graphs.take(ordered) else self._forward
-        hidden = run(ordered, step, token_ids, positions)
-        rows: dict[int, range] = {}
-        whole: dict[int, slice] = {}
-        for place, index in enumerate(order):
+        samples: list[int] = []
+        prompts: dict[int, range] = {}
+        for index, place in sorted(zip(order, range(len(order)), strict=True)):
             chunk, start = chunks[index], step.query_starts[place]
-            if chunk.samples:
-                rows[index] = range(start + chunk.length - chunk.samples, start + chunk.length)
+            samples += range(start + chunk.length - chunk.samples, start + chunk.length)
             if chunk.prompt_logits:
-                whole[index] = slice(start, start + chunk.length)
-        wanted = [row for i in range(len(chunks)) for row in rows.get(i, ())]
-        picked = hidden[torch.tensor(wanted + wanted[:1] * self._padding(len(wanted)), dtype=torch.long)]
+                prompts[index] = range(start, start + chunk.length)
+        padded = samples + samples[:1] * self._padding(len(samples))
+        spans = list(accumulate(map(len, prompts.values()), initial=len(padded)))
+        rows = torch.tensor([*padded, *chain.from_iterable(prompts.values())], dtype=torch.long, device=self.device)
+        if self.graphs is not None and self.graphs.take(ordered):
+            hidden = self.graphs.run(ordered, step, token_ids, positions)[rows]
+        else:
+            hidden = self._forward(ordered, step, token_ids, positions, rows)
         return StepLogits(
-            samples=self.model.logits(picked)[: len(wanted)],
-            prompts={index: hidden[span] for index, span in whole.items()},
+            samples=self.model.logits(hidden[: len(padded)])[: len(samples)],
+            prompts={index: hidden[start:stop] for index, (start, stop) in zip(prompts, pairwise(spans), strict=True)},
         )
 
     def _forward(
-        self, chunks: Items[ChunkInput], step: PackedStep, token_ids: np.ndarray, positions: np.ndarray
+        self,
+        chunks: Items[ChunkInput],
+        step: PackedStep,
+        token_ids: np.ndarray,
+        positions: np.ndarray,
+        rows: torch.Tensor,
     ) -> torch.Tensor:
-        """Return the hidden states [tokens, D] of packed chunks."""
+        """Return the last hidden states [len(rows), D] of some rows of the packed chunks."""
         step.slots = step.slots.to(self.device)
         embeddings = self.model.embed(torch.from_numpy(token_ids).to(self.device))
         attended: list[AttendedChunk] = []
@@ -187,9 +195,10 @@ class ModelRunner:
         if padding:
             embeddings = F.pad(embeddings, (0, 0, 0, padding))
             positions = np.pad(positions, ((0, 0), (0, padding)))
-        return self.model.forward(
+        return self.model.last_hidden(
             embeddings,
             torch.from_numpy(positions if len(positions) > 1 else positions[0]).to(self.device),
+            rows,
             kernel=self.kernel,
             tokens=step.num_tokens,
             **({"attended": attended} if attended else {}),
@@ -197,15 +206,11 @@ class ModelRunner:
         )
 
     def _padding(self, rows: int) -> int:
-        """How many rows to add, so that few different numbers of rows occur.
-
-        On a CPU oneDNN builds and keeps a program for every shape of a 16-bit matrix product, half a megabyte
-        and a millisecond each.
-        """
-        if self.device.type != "cpu" or self.dtype == torch.float32 or rows == 0:
+        """How many rows to add, so that few different numbers of rows occur (see `most_cheap_rows`)."""
+        if self.device.type != "cpu" or self.dtype == torch.float32 or rows <= self._cheap_rows:
             return 0
         unit = 8 if rows <= 128 else 32 if rows <= 256 else 64
-        return -rows % unit if rows > 4 else 0
+        return -rows % unit
 
     def _pack(self, chunks: Items[ChunkInput]) -> tuple[PackedStep, np.ndarray, np.ndarray]:
         """Pack the chunks, on the host; those of one token come first.

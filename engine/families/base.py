@@ -238,8 +238,6 @@ class FamilyModel:
         Returns:
             Hidden states [T, D].
         """
-        if self.fused is not None and kernel.keys() == {"kernel", "tokens"}:
-            return self.fused(embeddings, positions.unsqueeze(-2), **kernel)
         out = self.decoder(
             inputs_embeds=embeddings.unsqueeze(0),
             position_ids=positions.unsqueeze(-2),
@@ -248,6 +246,17 @@ class FamilyModel:
         )
         hidden: torch.Tensor = out.last_hidden_state[0]
         return hidden
+
+    def last_hidden(
+        self, embeddings: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, **kernel: Any
+    ) -> torch.Tensor:
+        """Run the decoder, and return hidden states [len(rows), D] of those rows alone.
+
+        The other arguments are those of `forward`, which runs if the decoder is not fused or the step needs more.
+        """
+        if self.fused is not None and kernel.keys() == {"kernel", "tokens"}:
+            return self.fused(embeddings, positions.unsqueeze(-2), rows, **kernel)
+        return self.forward(embeddings, positions, **kernel)[rows]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map hidden states [rows, D] to logits [rows, vocabulary]."""
