@@ -15,6 +15,7 @@ from collections.abc import Callable
 import pytest
 
 from handlers.images import ImageProblem
+from handlers.images.codings import without_codings
 from handlers.images.embeddings import (
     BadTensorFile,
     EncodedEmbeddings,
@@ -22,7 +23,6 @@ from handlers.images.embeddings import (
     read_embeddings,
     read_tensor,
 )
-from handlers.images.fetch import without_codings
 from handlers.request import EmbeddingsPart
 
 MEGA = 2**20
