@@ -37,6 +37,7 @@ from handlers.request import (
     TextPart,
     prompt_parts,
 )
+from handlers.request_checks import check_images
 from properties.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -270,14 +271,9 @@ class Service:
 
     def check_images(self, count: int) -> None:
         """Raise InvalidRequest if a prompt may not have this many images."""
-        if count and not self.pipeline.capabilities.images:
-            raise InvalidRequest("this model does not take images")
         most = self.settings.limit_mm_per_prompt.get("image", 1)
-        if count > most:
-            raise InvalidRequest(
-                f"the prompt holds {count} images; this server takes at most {most} "
-                f'(option.limit_mm_per_prompt={{"image": {most}}})'
-            )
+        limit = f'this server takes at most {most} (option.limit_mm_per_prompt={{"image": {most}}})'
+        check_images(count, most, limit, accepted=self.pipeline.capabilities.images)
 
     async def _run(self, task: Task, facts: RequestFacts, keep: Callable[[int], None]) -> Reply:
         permit = self.admission.admit(sum(request.n for request in task.requests))

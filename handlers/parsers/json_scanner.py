@@ -26,15 +26,7 @@ _NUMBER = {
     "expsign": {"0": "EXP", "1-9": "EXP"},
     "EXP": {"0": "EXP", "1-9": "EXP"},
 }
-_CLASSES = {
-    **dict.fromkeys("123456789", "1-9"),
-    "0": "0",
-    ".": ".",
-    "e": "e",
-    "E": "e",
-    "+": "+-",
-    "-": "+-",
-}
+_CLASSES = {**dict.fromkeys("123456789", "1-9"), "0": "0", ".": ".", "e": "e", "E": "e", "+": "+-", "-": "+-"}
 
 
 def skip_space(text: str, at: int) -> int:
@@ -47,9 +39,8 @@ def skip_space(text: str, at: int) -> int:
 class JsonScanner:
     """Follows one value, without leading white space, through successive texts.
 
-    It takes time proportional to the text and, in addition to what it returns, memory proportional to the
-    depth. A number at the top level ends with the character after it. Control characters inside strings,
-    which models often write and JSON does not allow, are escaped.
+    Its time grows with the text, its memory only with the depth. A number at the top level ends with the character
+    after it. Control characters inside strings, which models often write and JSON does not allow, are escaped.
 
     Attributes:
         done: The value is complete.
@@ -61,7 +52,6 @@ class JsonScanner:
         self.done = False
         self.broken = False
         self.kind = ""
-        """object, list, string, number, true, false or null; "" before the first character."""
         self._open: list[str] = []
         self._expects = "value"
         self._rest = ""
@@ -71,9 +61,7 @@ class JsonScanner:
     def feed(self, text: str, at: int) -> tuple[int, str]:
         """Scan more text; not to be called after the end.
 
-        Returns:
-            The position after the part that belongs to the value, and that part. If the value breaks,
-                `broken` is set and the position is that of the first invalid character.
+        Returns the position after the part that belongs to the value, or of the first invalid character, and that part.
         """
         out: list[str] = []
         length = len(text)

@@ -27,13 +27,7 @@ from tests.support.engine_driver import CAPITALS, random_image
 @asynccontextmanager
 async def loaded(model: Path, **settings: Any) -> AsyncIterator[Pipeline]:
     configuration: Any = SimpleNamespace(settings=Settings(**{"dtype": "float32", **settings}))
-    engine = RollingEngine(configuration, model)
-    try:
-        await engine.load()
-    except BaseException:
-        await engine.close()
-        raise
-    backend = Pipeline(engine, 20.0)
+    backend = Pipeline(await RollingEngine.start(configuration, model), 20.0)
     try:
         yield backend
     finally:
