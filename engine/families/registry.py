@@ -5,8 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from engine.families.base import Family
-from engine.families.text import TEXT_TYPES
+from engine.families.base import TEXT_TYPES, Family
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
