@@ -22,14 +22,7 @@ from engine.fused import FusedDecoder, stack
 from engine.machine import computes_bfloat16
 from engine.packed_linear import pack, quantize
 from engine.tensor_parallel import Ranks
-from engine.weights import (
-    JUDGED,
-    MISTRAL_CLASSES,
-    are_mistrals,
-    complete,
-    mistral_state_dict,
-    weight_files,
-)
+from engine.weights import JUDGED, MISTRAL_CLASSES, are_mistrals, complete, mistral_state_dict, weight_files
 
 logger = logging.getLogger(__name__)
 

@@ -139,20 +139,16 @@ class Repetition:
     """One request's rules against repetition; it lives as long as its sequence (see `SamplingState`)."""
 
     __slots__ = (
-        "_base", "_breakers", "_dry", "_dry_least", "_dry_range", "_followed", "_multiplier", "_ngram_size",
-        "_ngrams", "_prompt", "_seen", "_single_words", "_word_lengths",
+        "_breakers", "_dry", "_followed", "_ngrams", "_params", "_prompt", "_seen", "_single_words", "_word_lengths",
         "_words",
     )  # fmt: skip
 
     def __init__(self, params: SamplingParams, prompt_token_ids: Sequence[int]) -> None:
+        self._params = params
         self._prompt = prompt_token_ids
         self._followed = -1
-        self._multiplier, self._base = params.dry_multiplier, params.dry_base
-        self._dry_least = params.dry_allowed_length
-        self._dry_range = params.dry_range
         self._breakers = frozenset(params.dry_sequence_breaker_ids)
         self._dry: SuffixMatches | None = None
-        self._ngram_size = params.no_repeat_ngram_size
         self._ngrams: SuffixMatches | None = None
         self._seen: TokenCounts | None = None
         runs = params.bad_words_token_ids
@@ -180,12 +176,13 @@ class Repetition:
         Returns:
             Token ids and what to subtract from their logits; None where nothing is to be subtracted.
         """
-        if self._multiplier <= 0.0:
+        params = self._params
+        if params.dry_multiplier <= 0.0:
             return None
         self._follow(output)
         assert self._dry is not None
-        within = self._dry_range if self._dry_range > 0 else len(self._prompt) + len(output)
-        token_ids, lengths = self._dry.continuations(max(1, self._dry_least), within)
+        within = params.dry_range if params.dry_range > 0 else len(self._prompt) + len(output)
+        token_ids, lengths = self._dry.continuations(max(1, params.dry_allowed_length), within)
         if not len(token_ids):
             return None
         longest = np.sort(token_ids * 256 + lengths)
@@ -195,7 +192,8 @@ class Repetition:
             kept = ~np.isin(token_ids, list(self._breakers))
             token_ids, lengths = token_ids[kept], lengths[kept]
         with np.errstate(over="ignore"):
-            amounts = self._multiplier * self._base ** (lengths - self._dry_least).astype(np.float64)
+            exponents = (lengths - params.dry_allowed_length).astype(np.float64)
+            amounts = params.dry_multiplier * params.dry_base**exponents
         return token_ids, np.minimum(amounts, _HIGHEST_PENALTY).astype(np.float32)
 
     def banned(self, output: list[int]) -> Ids:
@@ -212,7 +210,7 @@ class Repetition:
         return np.unique(np.concatenate(found))
 
     def _blocked(self, output: list[int]) -> Ids:
-        size, count = self._ngram_size, len(self._prompt) + len(output)
+        size, count = self._params.no_repeat_ngram_size, len(self._prompt) + len(output)
         if size == 0 or count < size:
             return _NOTHING
         if size == 1:
@@ -228,10 +226,10 @@ class Repetition:
         """Process the tokens appended to the completion since the last call."""
         if self._followed < 0:
             text = [*self._prompt, *output]
-            if self._multiplier > 0.0:
+            if self._params.dry_multiplier > 0.0:
                 self._dry = SuffixMatches(text, MAX_MATCH, self._breakers)
-            if self._ngram_size > 1:
-                self._ngrams = SuffixMatches(text, self._ngram_size - 1)
+            if self._params.no_repeat_ngram_size > 1:
+                self._ngrams = SuffixMatches(text, self._params.no_repeat_ngram_size - 1)
         else:
             for token in output[self._followed :]:
                 for matches in (self._dry, self._ngrams):
@@ -349,13 +347,12 @@ class SamplingState:
     Attributes:
         params: Sampling parameters of the request.
         prompt_token_ids: The prompt; shared with the sequence, not copied.
-        output_token_ids: The completion; shared with the engine, which appends to it after each step and
-            never removes.
+        output_token_ids: The completion; shared with the engine, which appends to it after each step and never removes.
         eos_token_ids: Tokens that end the completion.
         seed: `params.seed` or the engine's own; the completions of one request have different seeds.
         constrained: The completion must match a grammar.
-        grammar_mask: Tokens that the grammar allows next, set before each step. It already respects
-            min_tokens (see `engine.guidance`).
+        grammar_mask: Tokens that the grammar allows next, set before each step. It already respects min_tokens (see
+            `engine.guidance`).
         plain: Only the argmax of the logits is needed, at every step.
         penalised: The request has penalties, a bias or masks of its own.
         filters: temperature, top_k, top_p, min_p and typical_p.
