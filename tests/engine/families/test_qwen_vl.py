@@ -179,11 +179,7 @@ def test_two_ranks_give_the_same_tokens(model: tuple[Path, Oracle]) -> None:
     path, oracle = model
     add = marked(1, ODD, 2, LONG, 3).add(oracle.preprocessor, GREEDY)
     engine_config = EngineConfig(
-        model_path=str(path),
-        dtype="float32",
-        devices=("cpu", "cpu"),
-        kv_cache_bytes=8 << 20,
-        max_num_batched_tokens=13,
+        model_path=str(path), dtype="float32", devices=("cpu", "cpu"), kv_cache_bytes=8 << 20, max_num_batched_tokens=13
     )
 
     async def scenario() -> list[int]:
@@ -289,10 +285,7 @@ def test_limits_on_pixels_that_the_operator_sets_are_obeyed(tmp_path: Path, kind
     sized = {"size": {"shortest_edge": limits["min_pixels"], "longest_edge": limits["max_pixels"]}}
     same = load_preprocessor(str(path), sized)
     assert same is not None
-    assert (same.metadata.min_pixels, same.metadata.max_pixels) == (
-        limits["min_pixels"],
-        limits["max_pixels"],
-    )
+    assert (same.metadata.min_pixels, same.metadata.max_pixels) == (limits["min_pixels"], limits["max_pixels"])
     with pytest.raises(ModelLoadError, match="size has 'height'"):
         load_preprocessor(str(path), {"size": {"height": 28, "width": 28}})
     assert usual is not None
