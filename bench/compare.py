@@ -141,7 +141,9 @@ def _add_idle(row: dict[str, dict[str, Any]], runs: dict[str, load.Run], pair: d
 
 
 def medians_of(rows: list[Any]) -> Any:
-    first = rows[0]
+    """Return what each of the rounds returned, with the median in place of each number that any of them has."""
+    rows = [row for row in rows if row is not None]
+    first = rows[0] if rows else None
     if isinstance(first, dict):
         return {key: medians_of([row[key] for row in rows if key in row]) for key in first}
     if isinstance(first, float):

@@ -56,9 +56,9 @@ class View:
 
     def add(self, target: Server, load: Load, row: dict[str, Any]) -> None:
         """Keep the row of a load that has ended."""
-        ttft, itl = row["ttft_ms"], row["itl_ms"]
         cells = [load.arrival, target.name, f"{row['requests']} requests", f"{row['tokens_per_s']:.0f}"]
-        cells += [f"{of['p50']:.0f} / {of['p99']:.0f}" for of in (ttft, itl)] + [str(report.failed(row))]
+        cells += [f"{report.shown(of['p50'])} / {report.shown(of['p99'])}" for of in (row["ttft_ms"], row["itl_ms"])]
+        cells.append(str(report.failed(row)))
         self._rows.append(cells)
         if not self._console.is_terminal:
             print("{}, {}: {}, {} tokens/s, TTFT {} ms, ITL {} ms, {} failed".format(*cells), file=sys.stderr)

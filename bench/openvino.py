@@ -221,7 +221,7 @@ def _round(sides: Mapping[str, Measure], one: load.Load, turn: int) -> dict[str,
         row = rows[name]
         print(
             f"{time.strftime('%X')} {one.arrival}, {name}: {row['tokens_per_s']:.0f} tokens/s, "
-            f"{row['tpot_ms']['p50']:.1f} ms per token",
+            f"{report.shown(row['tpot_ms']['p50'], 1)} ms per token",
             file=sys.stderr,
         )
     return {name: rows[name] for name in names}
@@ -262,12 +262,12 @@ def _cells(row: Mapping[str, Any], better: Mapping[str, float]) -> list[str]:
         return f"{better[key]:.2f}" if better else ""
 
     def two(key: str) -> str:
-        return f"{row[key]['p50']:.0f} / {row[key]['p99']:.0f}"
+        return f"{report.shown(row[key]['p50'])} / {report.shown(row[key]['p99'])}"
 
     return [
         f"{row['tokens_per_s']:.0f}",
         times("tokens_per_s"),
-        f"{row['tpot_ms']['p50']:.1f}",
+        report.shown(row["tpot_ms"]["p50"], 1),
         times("tpot_ms p50"),
         two("ttft_ms"),
         times("ttft_ms p50"),

@@ -60,14 +60,14 @@ def html(results: dict[str, Any]) -> str:
 
 def _plot(title: str, key: str, levels: list[dict[str, Any]], places: Sequence[float]) -> dict[str, Any]:
     """Return what the template draws: rates from 0 on, and times, of which there are two lines, logarithmically."""
-    lines: list[tuple[str, list[float]]] = []
+    lines: list[tuple[str, list[float | None]]] = []
     for number in range(len(levels[0]["servers"])):
         values = [level["servers"][number][key] for level in levels]
         if isinstance(values[0], dict):
             lines += [(f"s{number} {p}", [value[p] for value in values]) for p in ("p50", "p99")]
         else:
             lines.append((f"s{number}", values))
-    known = [value for _, values in lines for value in values if value > 0] or [1.0]
+    known = [value for _, values in lines for value in values if value] or [1.0]
     log = isinstance(levels[0]["servers"][0][key], dict)
     ticks = _decades(min(known), max(known)) if log else _steps(max(known))
     low, high = (math.log(ticks[0]), math.log(ticks[-1])) if log else (0.0, ticks[-1])
@@ -75,11 +75,11 @@ def _plot(title: str, key: str, levels: list[dict[str, Any]], places: Sequence[f
     def y(value: float) -> float:
         return round(BOTTOM - (BOTTOM - TOP) * ((math.log(value) if log else value) - low) / (high - low), 1)
 
-    def line(kind: str, values: list[float]) -> dict[str, Any]:
+    def line(kind: str, values: list[float | None]) -> dict[str, Any]:
         points = [
             (x, y(value), f"{level['name']}: {_number(value)} {kind[3:]}".strip())
             for x, value, level in zip(places, values, levels, strict=True)
-            if value > 0
+            if value
         ]
         return {"kind": kind, "points": points, "path": "M" + "L".join(f"{x},{y}" for x, y, _ in points)}
 
@@ -125,5 +125,7 @@ def _failures(servers: list[dict[str, str]], levels: list[dict[str, Any]]) -> li
     ]
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value else "–"
+def _number(value: float | None) -> str:
+    if not value:
+        return "–"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

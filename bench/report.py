@@ -22,11 +22,12 @@ MOST_FAILED = 0.01  # of the requests, at a knee
 
 
 def summary(run: Run, samples: list[Sample]) -> dict[str, Any]:
-    """Return a run's numbers as plain JSON values; latencies in milliseconds, memory in megabytes.
+    """Return a run's numbers as plain JSON values; latencies in milliseconds, or None if none was measured.
 
     Rates count whole replies over the time from the first request to the last reply. The time to the first
     token ends at the first chunk that carries content; the inter-token latency is the time between two such
     chunks, and the time per output token a reply's time after its first chunk over its tokens after the first.
+    Memory is in megabytes.
     """
     seconds = run.end - run.begin
     whole = [reply for reply in run.replies if reply.ok and reply.contents]
@@ -122,7 +123,7 @@ def knee(rows: Sequence[dict[str, Any]]) -> int | None:
 
 
 def times_better(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, float]:
-    """Return, for each number, the median over pairs of summaries of how many times better the first is."""
+    """Return, by number, the median over pairs of summaries of how many times better the first is; 0 if unknown."""
     found = {key: statistics.median(_ratio(one[key], other[key]) for one, other in pairs) for key in HIGHER_IS_BETTER}
     for key in LOWER_IS_BETTER:
         for p in (f"p{percentile}" for percentile in PERCENTILES):
@@ -139,16 +140,21 @@ def cores(run: Run, samples: list[Sample]) -> float:
     return float((end - begin) / (run.end - run.begin))
 
 
-def _three(values: dict[str, float]) -> str:
-    return " / ".join(f"{values[f'p{p}']:.1f}" for p in PERCENTILES)
+def shown(value: float | None, digits: int = 0) -> str:
+    """Return a number for people; "n/a" for None."""
+    return "n/a" if value is None else f"{value:.{digits}f}"
 
 
-def _percentiles(seconds: Any) -> dict[str, float]:
+def _three(values: dict[str, float | None]) -> str:
+    return " / ".join(shown(values[f"p{p}"], 1) for p in PERCENTILES)
+
+
+def _percentiles(seconds: Any) -> dict[str, float | None]:
     if len(seconds) == 0:
-        return {**{f"p{p}": 0.0 for p in PERCENTILES}, "mean": 0.0, "max": 0.0}
+        return dict.fromkeys([*(f"p{p}" for p in PERCENTILES), "mean", "max"])
     values = np.asarray(seconds) * 1e3
     found = np.percentile(values, PERCENTILES)
-    named = {f"p{p}": float(value) for p, value in zip(PERCENTILES, found, strict=True)}
+    named: dict[str, float | None] = {f"p{p}": float(value) for p, value in zip(PERCENTILES, found, strict=True)}
     return {**named, "mean": float(values.mean()), "max": float(values.max())}
 
 
@@ -171,8 +177,8 @@ def _histogram(run: Run, bins: int = 100) -> list[int]:
     return [int(count) for count in counts]
 
 
-def _ratio(above: float, below: float) -> float:
-    return above / below if below else 0.0
+def _ratio(above: float | None, below: float | None) -> float:
+    return above / below if above and below else 0.0
 
 
 def _processor() -> str:

@@ -94,8 +94,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
             row["load"]["streams"],
             f"{requests:.0f}",
             f"{tokens:.0f}",
-            f"{ttft['p50']:.0f} / {ttft['p99']:.0f}",
-            f"{itl['p50']:.0f} / {itl['p99']:.0f}",
+            f"{report.shown(ttft['p50'])} / {report.shown(ttft['p99'])}",
+            f"{report.shown(itl['p50'])} / {report.shown(itl['p99'])}",
             *(
                 " / ".join(format(cores * scale, digits) for cores in used)
                 for scale, digits in ((1, ".2f"), (1e6 / tokens, ".0f"), (1e3 / requests, ".2f"))

@@ -115,13 +115,13 @@ def verdict(found: Results) -> list[str]:
         lines.append(
             f"{server['name']}: {'no knee up to' if knee is None else 'the knee is at'} {at['name']}, which give "
             f"{row['tokens_per_s']:.0f} tokens/s, {row['requests_per_s']:.1f} requests/s, "
-            f"TTFT p50 {row['ttft_ms']['p50']:.0f} ms, p99 {row['ttft_ms']['p99']:.0f} ms, "
-            f"ITL p50 {row['itl_ms']['p50']:.1f} ms, p99 {row['itl_ms']['p99']:.1f} ms"
+            f"TTFT p50 {report.shown(row['ttft_ms']['p50'])} ms, p99 {report.shown(row['ttft_ms']['p99'])} ms, "
+            f"ITL p50 {report.shown(row['itl_ms']['p50'], 1)} ms, p99 {report.shown(row['itl_ms']['p99'], 1)} ms"
         )
     for one in found["levels"]:
         if ratios := one["times_better"]:
             shown = ", ".join(
-                f"{text} {ratios[key]:.2f}"
+                f"{text} {report.shown(ratios[key] or None, 2)}"
                 for text, key in (
                     ("tokens/s", "tokens_per_s"),
                     ("TTFT", "ttft_ms p50"),

@@ -363,6 +363,8 @@ class App:
         reply = error_reply(known, error_format(call.path if call.route is None else call.template, call.headers))
         if isinstance(error, MethodNotAllowed):
             reply.headers["Allow"] = ", ".join(error.allowed)
+        elif isinstance(error, Unauthorized):
+            reply.headers["WWW-Authenticate"] = "Bearer"
         await self._reply(call, reply, close=not call.body_read and has_body(call.headers))
 
     def _note(self, call: Call) -> None:

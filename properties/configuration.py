@@ -43,14 +43,6 @@ _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 _MODEL_KEY = key_of("model_id")
 
-_LORA = (
-    "max_loras",
-    "max_lora_rank",
-    "max_cpu_loras",
-    "lora_dtype",
-    "fully_sharded_loras",
-    "allowed_adapter_path",
-)
 _STANDARDS = {
     "CUSTOM_FASTAPI_PING_HANDLER": "/ping says whether the engine, or the model's own handler, can answer",
     "CUSTOM_FASTAPI_MIDDLEWARE_THROTTLE": "job_queue_size and option.max_rolling_batch_size limit requests",
@@ -61,10 +53,6 @@ _STANDARDS = {
 """Variables of the package that AWS's vLLM and SGLang images follow, and what takes the place of what they name."""
 
 _PROGRAM = "a handler is model.py, beside the model or in code/, or the file that option.entryPoint names"
-
-_NEEDS = dict.fromkeys(_LORA, "enable_lora") | {"sessions_expiration": "enable_stateful_sessions"}
-"""Option -> the switch without which it has no effect."""
-
 
 _DEFAULTS = Settings()
 
@@ -162,12 +150,7 @@ class Configuration:
             if report.problems:
                 raise ConfigurationError(report.problems, report.warnings)
             configuration = _build(
-                written,
-                report,
-                self.home or directory,
-                self.model_location,
-                self.backend_options,
-                self.secure,
+                written, report, self.home or directory, self.model_location, self.backend_options, self.secure
             )
         if directory != self.home and (forbidden := list(self.secure.files(directory))):
             raise ConfigurationError(forbidden)
@@ -208,9 +191,9 @@ class Configuration:
     def without_effect(self, backend: BackendName) -> list[Problem]:
         """Return the same, and a warning for each option that has no effect because of other options."""
         reasons = {
-            name: f"has no effect without {key_of(needed)}=true"
-            for name, needed in _NEEDS.items()
-            if backend in OPTIONS[name].backends and not getattr(self.settings, needed)
+            name: f"has no effect without {key_of(option.needs)}=true"
+            for name, option in OPTIONS.items()
+            if option.needs and backend in option.backends and not getattr(self.settings, option.needs)
         }
         if self.settings.rolling_batch == "disable":
             reasons["max_rolling_batch_size"] = (
@@ -388,8 +371,7 @@ def _locate(result: Resolution, home: Path | None) -> ModelLocation | None:
     if settings.model_id is None:
         if not any(problem.option == "model_id" for problem in result.problems):
             result.problem(
-                "no model: give MODEL, set HF_MODEL_ID or OPTION_MODEL_ID, or put one in /opt/ml/model",
-                "model_id",
+                "no model: give MODEL, set HF_MODEL_ID or OPTION_MODEL_ID, or put one in /opt/ml/model", "model_id"
             )
         return None
     try:

@@ -65,9 +65,7 @@ def _tables() -> Iterator[str]:
 
 def _ignored() -> Iterator[str]:
     yield from _table(
-        "Names of LMI without effect",
-        ("Name", "Reason"),
-        [(f"`{name}`", reason) for name, reason in IGNORED.items()],
+        "Names of LMI without effect", ("Name", "Reason"), [(f"`{name}`", reason) for name, reason in IGNORED.items()]
     )
     yield from _table(
         "Deprecated names",
@@ -137,10 +135,7 @@ def _default(field: FieldInfo) -> str:
 def main(arguments: Sequence[str], root: Path = ROOT) -> int:
     """Write the files below `root`, or compare them with --check; return the exit status."""
     stale = []
-    for path, text in (
-        (root / "serving.properties.example", example()),
-        (root / "docs/configuration.md", page()),
-    ):
+    for path, text in ((root / "serving.properties.example", example()), (root / "docs/configuration.md", page())):
         if "--check" not in arguments:
             path.write_text(text, "utf-8")
         elif not path.is_file() or path.read_text("utf-8") != text:

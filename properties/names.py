@@ -65,27 +65,16 @@ def key_from_command_line(name: str) -> str:
 def nearest(key: str, level: Level, more: Collection[str] = ()) -> str | None:
     """Return the known name that is most similar to an unknown key, spelled as at that level; None if none is similar.
 
-    Args:
-        key: The unknown key.
-        level: Where it was written.
-        more: Names that a backend knows in addition to the schema's, without `option.`.
+    more: names that a backend knows in addition to the schema's, without `option.`.
     """
-    bare = key.removeprefix(PREFIX)
-    found = difflib.get_close_matches(bare.lower(), [*_BY_SPELLING, *sorted(more)], n=1, cutoff=0.7)
-    if not found:
-        return None
-    if found[0] not in _BY_SPELLING:
-        name = found[0]
-        spelled = {
-            Level.ENVIRONMENT: "OPTION_" + name.upper(),
-            Level.CONTAINER: "SM_VLLM_" + name.upper(),
-            Level.COMMAND_LINE: name,
-        }
-        return spelled.get(level, PREFIX + name)
-    known = _BY_SPELLING[found[0]]
+    bare = key.removeprefix(PREFIX).lower()
+    name = next(iter(difflib.get_close_matches(bare, [*_BY_SPELLING, *sorted(more)], n=1, cutoff=0.7)), None)
+    if name is None or level is Level.COMMAND_LINE:
+        return name
     if level is Level.CONTAINER:
-        return "SM_VLLM_" + found[0].upper()
-    if level is Level.ENVIRONMENT:
-        own = environment_name(KEYS[known])
-        return own if found[0] != found[0].lower() else own.partition("_")[0] + "_" + found[0].upper()
-    return found[0] if level is Level.COMMAND_LINE else known
+        return "SM_VLLM_" + name.upper()
+    known = _BY_SPELLING.get(name, PREFIX + name)
+    if level is not Level.ENVIRONMENT:
+        return known
+    variable = environment_name(KEYS[known]) if known in KEYS else "OPTION_"
+    return variable if name != name.lower() else variable.partition("_")[0] + "_" + name.upper()

@@ -11,18 +11,19 @@ from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
-from properties.field import TRUE, Allowed, Level
+from properties.field import TRUE, Level
 from properties.lmi import REPLACED_BECAUSE, SILENT, TRUE_MEANS, Meaning, ignored_because, taken_together
 from properties.names import KEYS, OPTIONS, PREFIX, key_of, nearest
 from properties.problem import DEFAULT, MASK, Report, Source, assigned
 from properties.settings import Settings
 from properties.sources import RawValue
+from properties.types import Allowed
 from properties.vllm_arguments import VLLM_ABSENT, VLLM_ARGUMENTS
 
 
 @dataclass(frozen=True)
 class Sourced:
-    """A value that the schema does not know, and where it was written."""
+    """The value of a name that the schema does not know."""
 
     value: str
     source: Source
@@ -103,15 +104,15 @@ def _expanded(written: Iterable[RawValue], result: Resolution) -> Iterator[RawVa
 
 
 def _address(item: RawValue, result: Resolution) -> Iterator[RawValue]:
+    host = port = None
     try:
         url = urlsplit(item.raw.strip())
-        host, port = url.hostname, url.port
+        if url.scheme == "http":
+            host, port = url.hostname, url.port
     except ValueError:
-        host = port = None
-        url = urlsplit("")
-    if url.scheme != "http" or host is None:
-        written = assigned(item.key, repr(item.raw.strip()), item.location)
-        result.problem(f"{written}: allowed: http://HOST:PORT")
+        host = None
+    if host is None:
+        result.problem(f"{assigned(item.key, repr(item.raw.strip()), item.location)}: allowed: http://HOST:PORT")
         return
     yield replace(item, key="host", raw=host, rank=1)
     if port is not None:

@@ -45,11 +45,7 @@ class SecureMode:
     channels: tuple[Path, ...] = ()
 
     def options(
-        self,
-        settings: Settings,
-        sources: Mapping[str, Source],
-        extra: Mapping[str, Source],
-        handler: str | None,
+        self, settings: Settings, sources: Mapping[str, Source], extra: Mapping[str, Source], handler: str | None
     ) -> Iterator[Problem]:
         """Yield each option that is forbidden.
 

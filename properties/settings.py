@@ -1,4 +1,8 @@
-"""Every option with its type, default and meaning, by topic; and `Settings`, the object that the program reads."""
+"""Every option with its type, default and meaning, by topic; and `Settings`, the object that the program reads.
+
+A new option is a field of one of these classes, read as `configuration.settings.NAME`. An argument of vLLM is also in a
+table of `handlers/backends/vllm/arguments.py`. `python -m properties.document` then writes the pages again.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, SecretStr
 from pydantic.fields import FieldInfo
 
-from properties.field import (
-    ROLLING,
-    TRUE,
-    VLLM,
+from properties.field import ROLLING, TRUE, VLLM, Level, Option, Variable, option, server_key
+from properties.types import (
+    Address,
     Amount,
     Count,
     Degree,
@@ -22,12 +25,10 @@ from properties.field import (
     Hosts,
     JsonObject,
     Length,
-    Level,
     Limits,
     MediaOptions,
     Names,
     Networks,
-    Option,
     Origins,
     Port,
     Positive,
@@ -36,10 +37,7 @@ from properties.field import (
     Shape,
     Task,
     Tokens,
-    Variable,
     Word,
-    option,
-    server_key,
 )
 
 STANDARD_HANDLER = "CUSTOM_FASTAPI_INVOCATION_HANDLER"
@@ -66,24 +64,23 @@ class ModelSettings(BaseModel):
         variables=(Variable("HF_REVISION"), Variable("HF_MODEL_REVISION", Level.TGI)),
     )
     served_model_name: Names = option(
-        "Names by which clients may request the model; replies show the first. Empty: the model's own name.",
-        default=[],
+        "Names by which clients may request the model; replies show the first. Empty: the model's own name.", default=[]
     )
     task: Task = option(
         "What the model is for. Only generation is served.", default="auto", variables=(Variable("HF_TASK"),)
     )
     engine: Engine = server_key(
-        "LMI's engine name; the only one is Python.",
+        "LMI's name of the engine. Only Python is allowed.",
         default="Python",
         replaced=(("MPI", "Python"), ("DeepSpeed", "Python"), ("FasterTransformer", "Python")),
     )
     dtype: Dtype = option(
-        "Type of weights and activations. auto: that of config.json, if the device computes in it; see above.",
+        "Type of weights and activations. auto: the type in config.json, if the device can compute in it; see above.",
         default="auto",
     )
     quantize: Word | None = option(
-        "Quantise while loading, e.g. fp8 or int8_per_channel_weight_only. The embedded engine has int8, on a CPU: "
-        "the decoder's weights and activations in 8 bits, in half the memory. Leave it out for a model that is "
+        "Quantise while loading, e.g. fp8 or int8_per_channel_weight_only. The embedded engine has only int8, on a "
+        "CPU: the decoder's weights and activations in 8 bits, in half the memory. Leave it out for a model that is "
         "already quantised: vLLM reads the method from its config.json.",
         embedded=("int8",),
         aliases=("quantization",),
@@ -91,14 +88,14 @@ class ModelSettings(BaseModel):
     )
     load_format: Word = option(
         "How weights are read. The embedded engine reads safetensors (auto, safetensors), and with pt also "
-        "pytorch_model.bin, a pickle whose code is never run. vLLM knows more, e.g. dummy, runai_streamer; its auto "
-        "reads .bin if there are no safetensors.",
+        "pytorch_model.bin, a pickle whose code is never run. vLLM has more formats, e.g. dummy, runai_streamer; with "
+        "auto it reads .bin if there are no safetensors.",
         default="auto",
         embedded=("auto", "safetensors", "pt"),
     )
     tokenizer_mode: Word = option(
-        "vLLM's tokeniser implementation, e.g. auto, hf. Prompts are tokenised by this server anyway. For a model "
-        "with Mistral's own files it is chosen here: mistral where the weights are in no other format, else hf.",
+        "vLLM's tokeniser implementation, e.g. auto, hf. Prompts are tokenised by this server anyway. For a model with "
+        "Mistral's own files the default is mistral if the weights are in no other format, else hf.",
         default="auto",
         backends=VLLM,
     )
@@ -110,11 +107,10 @@ class ModelSettings(BaseModel):
             Variable("HF_TRUST_REMOTE_CODE", Level.TGI, instead="OPTION_TRUST_REMOTE_CODE"),
         ),
     )
-    seed: Seed = option("Seed of the engine for requests without one.", default=0, backends=VLLM)
+    seed: Seed = option("The engine's seed, for requests that set none.", default=0, backends=VLLM)
     model_loading_timeout: Seconds = option(
         "Time limit until the model can generate.",
         default=1800,
-        unit="s",
         variables=(Variable("SAGEMAKER_STARTUP_TIMEOUT", Level.SAGEMAKER), Variable("MODEL_LOADING_TIMEOUT")),
     )
     entry_point: str | None = option(
@@ -128,8 +124,8 @@ class ModelSettings(BaseModel):
         ),
     )
     install_requirements: bool | None = server_key(
-        "Install the requirements.txt in the model's directory at the start, as LMI does. Default: if code of the "
-        "model's own runs. Never that of a model from the hub.",
+        "Install the requirements.txt in the model's directory at the start, as LMI does. Default: only if code of the "
+        "model's own runs. That of a model from the hub is never installed.",
         variables=(Variable("STANDARD_AUTO_INSTALL_REQ", Level.CONTAINER),),
     )
     handler: str = option(
@@ -141,11 +137,7 @@ class ModelSettings(BaseModel):
     offline: bool = option(
         "Never contact the hub: use what is on this machine.",
         default=False,
-        variables=(
-            Variable("HF_HUB_OFFLINE"),
-            Variable("DJL_OFFLINE"),
-            Variable("TRANSFORMERS_OFFLINE", rank=1),
-        ),
+        variables=(Variable("HF_HUB_OFFLINE"), Variable("DJL_OFFLINE"), Variable("TRANSFORMERS_OFFLINE", rank=1)),
     )
     hf_token: SecretStr | None = option(
         "Hugging Face token for private and gated models.",
@@ -153,18 +145,26 @@ class ModelSettings(BaseModel):
         variables=(Variable("HF_TOKEN"), Variable("HUGGING_FACE_HUB_TOKEN", Level.TGI, instead="HF_TOKEN")),
     )
     enable_lora: bool = option("Serve LoRA adapters of the model.", default=False, backends=VLLM)
-    max_loras: Positive = option("Adapters in one batch.", default=4, backends=VLLM)
-    max_lora_rank: Positive = option("Highest rank of an adapter.", default=16, backends=VLLM)
-    max_cpu_loras: Count | None = option("Adapters kept in host memory. Default: max_loras.", backends=VLLM)
+    max_loras: Positive = option(
+        "Greatest number of adapters in one batch.", default=4, backends=VLLM, needs="enable_lora"
+    )
+    max_lora_rank: Positive = option("Highest rank of an adapter.", default=16, backends=VLLM, needs="enable_lora")
+    max_cpu_loras: Count | None = option(
+        "Greatest number of adapters kept in host memory. Default: max_loras.", backends=VLLM, needs="enable_lora"
+    )
     allowed_adapter_path: str = option(
-        "Directory that contains the adapters that `POST /adapters` may name, besides the model's own adapters/. "
-        "Empty: none.",
+        "Directory of the adapters that `POST /adapters` may name, besides those in the model's own adapters/. Empty: "
+        "no others.",
         default="/opt/ml",
         backends=VLLM,
+        needs="enable_lora",
     )
-    lora_dtype: Dtype = option("Type of adapter weights.", default="auto", backends=VLLM)
+    lora_dtype: Dtype = option("Type of adapter weights.", default="auto", backends=VLLM, needs="enable_lora")
     fully_sharded_loras: bool = option(
-        "Shard adapter computation fully over a tensor-parallel group.", default=False, backends=VLLM
+        "Shard adapter computation fully over a tensor-parallel group.",
+        default=False,
+        backends=VLLM,
+        needs="enable_lora",
     )
 
 
@@ -176,9 +176,9 @@ class EngineSettings(BaseModel):
     """Rolling batch, memory and devices"""
 
     rolling_batch: Literal["auto", "vllm", "rolling", "disable"] = option(
-        "Backend: vllm, rolling (the embedded engine), auto (vLLM if it is installed, finds an accelerator "
-        "and serves the model, else the embedded engine), disable (the embedded engine, request by request; or auto if "
-        "async_mode or entry_point select vLLM's asynchronous engine, as in LMI).",
+        "Backend: vllm; rolling, the embedded engine; auto, which means vLLM if it is installed, finds an accelerator "
+        "and serves the model, else the embedded engine; disable, which means the embedded engine, one request after "
+        "the other, or auto if async_mode or entry_point select vLLM's asynchronous engine, as in LMI.",
         default="auto",
         replaced=(
             ("lmi-dist", "vllm"),
@@ -195,8 +195,8 @@ class EngineSettings(BaseModel):
         default=False,
     )
     tensor_parallel_degree: Degree = option(
-        "Devices that share one replica of the model; max: all of them, divided by pipeline_parallel_degree; with vLLM "
-        "as many of these as the model's attention heads can be divided among.",
+        "Devices that share one replica of the model. max: all of them, divided by pipeline_parallel_degree; with "
+        "vLLM, as many of these as the model's attention heads can be divided among.",
         default="max",
         aliases=("tensor_parallel_size",),
         variables=(Variable("TENSOR_PARALLEL_DEGREE"), Variable("SM_NUM_GPUS", Level.TGI)),
@@ -209,8 +209,8 @@ class EngineSettings(BaseModel):
         variables=(Variable("PIPELINE_PARALLEL_DEGREE"),),
     )
     data_parallel_degree: Positive | None = option(
-        "Replicas of the model inside vLLM. Default: devices divided by the other degrees, at most max_workers; "
-        "max_workers, min_workers or 1 without accelerators; 1 on several machines.",
+        "Replicas of the model inside vLLM. Default: devices divided by the other degrees, at most max_workers. "
+        "Without accelerators: max_workers, min_workers or 1. On several machines: 1.",
         backends=VLLM,
         aliases=("data_parallel_size",),
     )
@@ -245,7 +245,7 @@ class EngineSettings(BaseModel):
         variables=(Variable("MAX_TOTAL_TOKENS", Level.TGI),),
     )
     gpu_memory_utilization: Fraction = option(
-        "Part of each accelerator's memory for weights and key/value cache.",
+        "Part of each accelerator's memory that weights and key/value cache may take.",
         default=0.9,
         variables=(Variable("CUDA_MEMORY_FRACTION", Level.TGI),),
     )
@@ -275,8 +275,8 @@ class EngineSettings(BaseModel):
         aliases=("cpu_offload_gb",),
     )
     speculative_config: JsonObject | None = option(
-        "Speculative decoding, as vLLM's speculative_config. The embedded engine has method ngram: "
-        '{"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 2, "prompt_lookup_max": 4}.'
+        'Speculative decoding, as vLLM\'s speculative_config. The embedded engine has method ngram: {"method": '
+        '"ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 2, "prompt_lookup_max": 4}.'
     )
     kv_transfer_config: JsonObject | None = option(
         "Key/value cache transfer, as vLLM's kv_transfer_config.", backends=VLLM
@@ -300,7 +300,6 @@ class VisionSettings(BaseModel):
     image_fetch_timeout: Seconds = option(
         "Time limit for fetching one image: connections, redirects and transfer together.",
         default=10,
-        unit="s",
         variables=(Variable("APHRODITE_IMAGE_FETCH_TIMEOUT"), Variable("VLLM_IMAGE_FETCH_TIMEOUT")),
     )
     image_fetch_max_redirects: Count = option(
@@ -321,7 +320,7 @@ class VisionSettings(BaseModel):
         variables=(Variable("VLLM_MAX_IMAGE_PIXELS"),),
     )
     image_cache_mb: Count = option(
-        "Host memory for a cache of decoded images, by content. The embedded engine uses half as much in addition for "
+        "Host memory for a cache of decoded images, by content. The embedded engine takes half as much again for "
         "prepared images. 0: no cache.",
         default=32,
         unit="MiB",
@@ -339,10 +338,9 @@ class VisionSettings(BaseModel):
         unit="MiB",
     )
     image_processor_backend: Literal["auto", "torchvision", "pil"] = option(
-        "How images are resized and normalised. `torchvision` resizes several times faster than `pil`; for "
-        "photographs a few values in a thousand differ, by one level of 255. The embedded engine needs no "
-        "torchvision for it. `auto`: as transformers does on this machine, which is torchvision's way where it is "
-        "installed.",
+        "How images are resized and normalised. `torchvision` resizes several times faster than `pil`; in photographs "
+        "a few values in a thousand differ, by one level of 255. The embedded engine does not need the package "
+        "torchvision for it. `auto`: as transformers does here, which is `torchvision` if that is installed.",
         default="auto",
         backends=ROLLING,
     )
@@ -363,12 +361,13 @@ class ChatSettings(BaseModel):
 
     chat_template: str | None = option(
         "Jinja chat template: a path (absolute, or relative to the model directory), the text itself, or the name of "
-        "one of the model's own. Default: the model's own; of several `default`, and `tool_use` for requests with "
-        "tools.",
+        "one of the model's own. Default: the model's own; if it has several, `default`, and `tool_use` for requests "
+        "with tools.",
         verbatim=True,
     )
     chat_template_content_format: Literal["auto", "string", "openai"] = option(
-        "Form of a message's content that the template expects: one string, a list of parts, or detected (auto).",
+        "Form in which the template expects a message's content: one string, a list of parts (openai), or detected "
+        "(auto).",
         default="auto",
     )
     trust_request_chat_template: bool = option(
@@ -379,20 +378,16 @@ class ChatSettings(BaseModel):
     predict_timeout: Seconds = option(
         "Time limit for a request, waiting included, after which it is aborted. Its body has the same time to arrive.",
         default=240,
-        unit="s",
-        variables=(
-            Variable("SAGEMAKER_MODEL_SERVER_TIMEOUT_SECONDS", Level.SAGEMAKER),
-            Variable("PREDICT_TIMEOUT"),
-        ),
+        variables=(Variable("SAGEMAKER_MODEL_SERVER_TIMEOUT_SECONDS", Level.SAGEMAKER), Variable("PREDICT_TIMEOUT")),
     )
     request_priorities: bool = option("Allow requests to set their `priority`; otherwise it is ignored.", default=False)
     output_formatter: OutputFormat | None = option(
         "Format of replies of the LMI schema (json, jsonlines, sse) or of chat on LMI's routes (json_chat, "
-        "jsonlines_chat, sse_chat); with the last two of each, replies are streamed unless the client declines. "
-        "Default: JSON; streams as jsonlines and sse_chat. A client's Accept header wins."
+        "jsonlines_chat, sse_chat). With jsonlines and sse, chat's included, replies are streamed unless the client "
+        "declines. Default: JSON; streams as jsonlines and sse_chat. A client's Accept header wins."
     )
     tgi_compat: bool = option(
-        "Answer the LMI schema as Text Generation Inference answers on managed endpoints: a list, TGI's keys, details "
+        "Answer the LMI schema as Text Generation Inference does on managed endpoints: a list, TGI's keys, details "
         "unless declined, streams of server-sent events.",
         default=False,
     )
@@ -404,14 +399,13 @@ class ChatSettings(BaseModel):
     sessions_expiration: Seconds = option(
         "How long a session lasts after it is opened.",
         default=1200,
-        unit="s",
+        needs="enable_stateful_sessions",
         variables=(Variable("SAGEMAKER_SESSIONS_EXPIRATION", Level.SAGEMAKER),),
     )
     guided_decoding_timeout: Seconds = option(
         "Time limit for compiling a request's JSON schema, regular expression or grammar, after which the request is "
         "refused.",
         default=5,
-        unit="s",
     )
     enable_auto_tool_choice: bool = option(
         'Let the model decide to call a tool (tool_choice "auto"); needs tool_call_parser.', default=False
@@ -422,9 +416,9 @@ class ChatSettings(BaseModel):
         "(qwen3_coder, deepseek_v3, ...); vllm:hermes is vLLM's parser where both have one."
     )
     reasoning_parser: Word | None = option(
-        "How reasoning is separated from the answer: think (if prompt or output open a think tag), deepseek_r1 "
-        "(also olmo3, step3, minimax_m2), qwen3 (glm45, nemotron_v3, holo2), deepseek_v3, mistral or seed_oss. "
-        "Where vLLM serves, also the name of any of its own (granite, kimi_k2, ...), as for tools."
+        "How reasoning is separated from the answer: think (if prompt or output opens a think tag), deepseek_r1 (also "
+        "olmo3, step3, minimax_m2), qwen3 (glm45, nemotron_v3, holo2), deepseek_v3, mistral or seed_oss. Where vLLM "
+        "serves, also the name of any of its own (granite, kimi_k2, ...), as for tools."
     )
 
 
@@ -438,7 +432,9 @@ def _megabytes(text: str) -> str:
 class ServerSettings(BaseModel):
     """Server and process"""
 
-    host: str = server_key("Address to listen on; `lmi serve` and `lmi run`: 127.0.0.1.", default="0.0.0.0")
+    host: Address = server_key(
+        "Address to listen on. Default of `lmi serve` and `lmi run`: 127.0.0.1.", default="0.0.0.0"
+    )
     port: Port = server_key(
         "Port to listen on.", default=8080, variables=(Variable("SAGEMAKER_BIND_TO_PORT", Level.SAGEMAKER),)
     )
@@ -449,8 +445,8 @@ class ServerSettings(BaseModel):
         variables=(Variable("VLLM_API_KEY"), Variable("APHRODITE_API_KEY")),
     )
     page: bool = option(
-        "Serve a page at `GET /` for trying images and watching requests. With an API key only if this option is set. "
-        "`lmi serve` and `lmi run`: true.",
+        "Serve a page at `GET /` for trying images and watching requests. Default of `lmi serve` and `lmi run`: true, "
+        "but false with an API key.",
         default=False,
     )
     job_queue_size: Positive = server_key(
@@ -465,28 +461,27 @@ class ServerSettings(BaseModel):
         variables=(Variable("SAGEMAKER_NUM_MODEL_WORKERS", Level.SAGEMAKER),),
     )
     max_workers: Positive | None = server_key(
-        "Replicas of the model. Default: devices divided by tensor_parallel_degree; without accelerators min_workers, "
-        "else 2 with rolling where the weights take at most 1 GiB and there are 2 cores and enough memory, else 1.",
+        "Replicas of the model. Default: devices divided by tensor_parallel_degree. Without accelerators: min_workers "
+        "if set, else 2 with rolling if the weights take at most 1 GiB and there are 2 cores and enough memory, else "
+        "1.",
         aliases=("maxWorkers",),
         variables=(Variable("SAGEMAKER_NUM_MODEL_WORKERS", Level.SAGEMAKER),),
     )
     load_on_devices: Devices = server_key("Devices to use.", default="*")
     retry_threshold: Count = server_key(
-        "Number of engine failures after which the engine is restarted; after one more the process ends with status 1.",
+        "Failures of the engine that are answered by restarting it; after one more, the process ends with status 1.",
         default=3,
     )
     engine_suspect_timeout: Seconds = server_key(
         "Time without a sign of life from the engine, while requests run, after which /ping answers 503. It must be "
         "longer than the longest step.",
         default=20,
-        unit="s",
         backends=VLLM,
     )
     engine_stuck_timeout: Seconds | None = server_key(
         "Time that an engine has to give a requested sign of life, after which it is killed and restarted, and its "
-        "requests fail. It must be longer than a step that compiles. Default: 300 with vLLM, as its own limit; else "
-        "120.",
-        unit="s",
+        "requests fail. It must be longer than a step that compiles. Default: 300 with vLLM, which has the same limit; "
+        "else 120."
     )
     max_request_size: Positive = server_key(
         "Largest request body; a larger one is answered 413.",
@@ -499,25 +494,23 @@ class ServerSettings(BaseModel):
         ),
     )
     request_memory_mb: Positive = option(
-        "Host memory for request bodies, counted from their arrival until their replies end, and of images "
-        "until the engine has them; one that does not fit is answered 429. Never less than max_request_size.",
+        "Host memory for request bodies. Each counts from its arrival until its reply ends, the images in it only "
+        "until the engine has them. One that does not fit is answered 429. Never less than max_request_size.",
         default=512,
         unit="MiB",
     )
     chunked_read_timeout: Seconds = server_key(
-        "Longest pause between two parts of a reply, the first included, after which the request is aborted.",
+        "Longest wait for the first part of a reply, or for the next one, after which the request is aborted.",
         default=120,
-        unit="s",
     )
     drain_timeout: Seconds = server_key(
         "Time for running requests to finish after SIGTERM. SageMaker kills the container after 30 s.",
         default=30,
-        unit="s",
         variables=(Variable("GRACEFUL_TERMINATION_TIMEOUT", Level.TGI),),
     )
     multi_model: bool = server_key(
-        "Serve several models, each in processes of its own, which are loaded and unloaded through `/models`; MODEL "
-        "is a directory of those to load at the start.",
+        "Serve several models, each in processes of its own, which are loaded and unloaded through `/models`; MODEL is "
+        "a directory of those to load at the start.",
         default=False,
         variables=(Variable("SAGEMAKER_MULTI_MODEL", Level.SAGEMAKER),),
     )
@@ -529,12 +522,11 @@ class ServerSettings(BaseModel):
     )
     model_idle_timeout: Seconds | None = server_key(
         "With multi_model: time without requests after which a model's processes are ended; its next request starts "
-        "them again. Default: never.",
-        unit="s",
+        "them again. Default: never."
     )
     allowed_model_path: str = server_key(
-        "With multi_model: directory below which the models lie that `POST /models` may name, besides MODEL. Empty: "
-        "none.",
+        "With multi_model: `POST /models` may name models below this directory, besides those in MODEL. Empty: no "
+        "others.",
         default="/opt/ml",
     )
     cors_allowed_origin: Origins = server_key(
@@ -586,12 +578,7 @@ class Settings(RetiredSettings, ServerSettings, ChatSettings, VisionSettings, En
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
-def definition(field: FieldInfo) -> Option:
-    """Return the definition of an option's field."""
-    return next(item for item in field.metadata if isinstance(item, Option))
-
-
 def options(topic: type[BaseModel] = Settings) -> Iterator[tuple[str, FieldInfo, Option]]:
     """Yield (attribute name, field, definition) of every option of a topic, or of all, in order."""
     for name, field in topic.model_fields.items():
-        yield name, field, definition(field)
+        yield name, field, next(item for item in field.metadata if isinstance(item, Option))

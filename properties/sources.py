@@ -104,12 +104,7 @@ def read_file(path: Path, report: Report) -> Iterator[RawValue]:
 VLLM_PREFIX = "SM_VLLM_"
 SGLANG_PREFIX = "SM_SGLANG_"
 
-SAME = {
-    "model": "model_id",
-    "api_keys": "api_key",
-    "model_tag": "model_id",
-    "allowed_origins": "cors_allowed_origin",
-}
+SAME = {"model": "model_id", "api_keys": "api_key", "model_tag": "model_id", "allowed_origins": "cors_allowed_origin"}
 """Flag of vLLM -> name of the option, where it is different."""
 
 WITHOUT_EFFECT = {

@@ -18,18 +18,10 @@ from PIL import Image
 from engine.machine import usable_cores
 from handlers.errors import ImageError, ImageTooLarge, Unavailable, stopping
 from handlers.images import ImageProblem
-from handlers.images.decoder import (
-    QUESTION,
-    REUSED_BYTES,
-    SLACK_BYTES,
-    PixelMemory,
-    Question,
-    Settings,
-    new_memory,
-    read_pixels,
-)
+from handlers.images.decoder_process import QUESTION, SLACK_BYTES, Question
 from handlers.images.formats import Header, unknown_header
 from handlers.images.limits import ImageLimits, ImageMemory, Share
+from handlers.images.pixel_memory import REUSED_BYTES, PixelMemory, new_memory, read_pixels
 from processes.child import Child, Limits, Log
 
 T = TypeVar("T")
@@ -108,7 +100,7 @@ class DecoderPool:
         self.killed = 0
         self.times = TimeLimits()
         self.memory = ImageMemory(limits.memory_bytes, _MAX_PASSES)
-        self._settings: Settings = {"max_pixels": limits.max_pixels, "background": list(limits.background)}
+        self._settings = msgspec.json.encode((limits.max_pixels, limits.background))
         self._largest = unknown_header(limits.max_pixels).working_bytes + 2 * limits.max_bytes
         self._idle: list[_Decoder] = []
         self._alive: set[_Decoder] = set()
@@ -356,14 +348,14 @@ class DecoderPool:
         try:
             reused = PixelMemory(os.dup(descriptor), REUSED_BYTES)
             child = await Child.start(
-                "handlers.images.decoder",
+                "handlers.images.decoder_process",
                 "plain",
                 Log(decoder_log, logging.DEBUG, bounded=True),
                 limits=Limits(_RESERVE_BYTES + SLACK_BYTES + self._largest, _OPEN_FILES),
             )
             try:
                 async with asyncio.timeout(START_SECONDS):
-                    child.send(msgspec.json.encode(self._settings), descriptor=descriptor)
+                    child.send(self._settings, descriptor=descriptor)
                     await child.receive()
             except BaseException:
                 child.kill()
@@ -401,7 +393,7 @@ class _DecoderLost(Unavailable):
 
 
 class _Answer(msgspec.Struct):
-    """An answer of `handlers.images.decoder`; see there. last: the decoder ends now."""
+    """An answer of `handlers.images.decoder_process`; see `_answer` there. last: the decoder ends now."""
 
     last: bool
     size: tuple[int, int] = (0, 0)

@@ -7,7 +7,7 @@ text gives the same pieces wherever it is cut, once adjacent pieces of one kind 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, Protocol, runtime_checkable
 
@@ -30,13 +30,7 @@ class Reasoning:
 
 @dataclass(frozen=True, slots=True)
 class CallStart:
-    """The beginning of a call of the function `name`.
-
-    Attributes:
-        index: Number of the call in its completion from 0, broken calls included.
-        id: Id of the call.
-        name: Name of the function.
-    """
+    """The beginning of a call of the function `name`. index: its number in the completion, broken calls included."""
 
     index: int
     id: str
@@ -53,14 +47,10 @@ class CallArguments:
 
 @dataclass(frozen=True, slots=True)
 class CallBroken:
-    """A call that has started turned out to be malformed.
+    """A call that has started turned out to be malformed; what follows comes as further pieces.
 
-    What follows comes as further pieces.
-
-    Attributes:
-        index: Number of the call.
-        text: Everything that the model wrote of the call so far, marks included. A whole reply shows it as
-            content in the call's place; in a stream it has been sent already.
+    text: Everything that the model wrote of the call so far, marks included. A whole reply shows it as content in the
+    call's place; in a stream it has been sent already.
     """
 
     index: int
@@ -73,15 +63,13 @@ Piece = Content | Reasoning | CallStart | CallArguments | CallBroken
 def joined(pieces: Iterable[Piece]) -> list[Piece]:
     """Join adjacent pieces of one kind."""
     out: list[Piece] = []
-    for (kind, index), run in groupby(pieces, key=lambda piece: (type(piece), getattr(piece, "index", -1))):
+    for _, run in groupby(pieces, key=lambda piece: (type(piece), getattr(piece, "index", -1))):
         same = list(run)
-        if len(same) == 1 or kind in (CallStart, CallBroken):
+        first = same[0]
+        if len(same) == 1 or isinstance(first, CallStart | CallBroken):
             out += same
-        elif kind is CallArguments:
-            out.append(CallArguments(index, "".join(piece.text for piece in same if isinstance(piece, CallArguments))))
         else:
-            text = "".join(piece.text for piece in same if isinstance(piece, Content | Reasoning))
-            out.append(Content(text) if kind is Content else Reasoning(text))
+            out.append(replace(first, text="".join(piece.text for piece in same if not isinstance(piece, CallStart))))
     return out
 
 
@@ -89,12 +77,7 @@ class Parser(Protocol):
     """Parses one completion."""
 
     def push(self, text: str, token_ids: Sequence[int] = ()) -> list[Piece]:
-        """Parse more text.
-
-        Args:
-            text: The text.
-            token_ids: Tokens of the text, for parsers that depend on them.
-        """
+        """Parse more text. token_ids: its tokens, for parsers that depend on them."""
 
     def finish(self) -> list[Piece]:
         """Return what was held back when the completion ended. A call that is cut short by the end stays as it is."""
@@ -122,7 +105,7 @@ class ParserContext:
     Attributes:
         tools: OpenAI's definitions of the functions that may be called.
         prompt_text: The prompt as the model received it; "" if it is unknown.
-        prompt_token_ids: The tokens of the prompt.
+        prompt_token_ids: The prompt's tokens.
         template_kwargs: The client's variables for the chat template (`enable_thinking`).
     """
 
@@ -142,7 +125,7 @@ class ToolFormat:
 
     Attributes:
         parser: Makes a parser for a completion.
-        markers: Texts that it may write as special tokens, which must then not be skipped.
+        markers: Texts that the model may write as special tokens, which must then not be skipped.
         call_id: Makes an id in the form that the family's chat template accepts.
     """
 
@@ -153,12 +136,7 @@ class ToolFormat:
 
 @dataclass(frozen=True, slots=True)
 class ReasoningFormat:
-    """How a family of models separates reasoning from its answer.
-
-    Attributes:
-        parser: Makes a parser for a completion.
-        markers: See `ToolFormat`.
-    """
+    """How a family of models separates reasoning from its answer. See `ToolFormat`."""
 
     parser: Callable[[ParserContext], Parser]
     markers: frozenset[str]
@@ -263,10 +241,7 @@ class Pieces:
 
 
 def possible_beginning(text: str, at: int, mark: str) -> int:
-    """Return the position, from `at` on, where the end of the text may be the beginning of the mark.
-
-    It is the length of the text if there is no such position.
-    """
+    """Return where, from `at` on, the text's end may be the beginning of the mark; the text's length if nowhere."""
     start = max(at, len(text) - len(mark) + 1)
     while start < len(text):
         start = text.find(mark[0], start)
@@ -279,17 +254,12 @@ def possible_beginning(text: str, at: int, mark: str) -> int:
 
 
 State = Callable[[str, int], int | None]
-"""Given the text and a position in it, before its end, a state returns the position from which the next state
-continues. It returns None if it needs more text to decide; the undecided text is then short."""
+"""Given the text and a position before its end, a state returns where the next state continues. It returns None if it
+needs more text to decide; the undecided text is then short."""
 
 
 class CallReader(Protocol):
-    """Reads one call and writes it into the pieces as it arrives.
-
-    Attributes:
-        done: The call is complete.
-        broken: The text is not a call.
-    """
+    """Reads one call and writes it into the pieces as it arrives. broken: the text is not a call."""
 
     done: bool
     broken: bool
@@ -297,9 +267,7 @@ class CallReader(Protocol):
     def read(self, text: str, at: int) -> int:
         """Read more text; not to be called after the end.
 
-        Returns:
-            The position after the part that belongs to the call; if the call breaks, that of the first invalid
-                character.
+        Returns the position after the part that belongs to the call, or of the first character that breaks it.
         """
 
 

@@ -24,35 +24,25 @@ class CallObject:
     arguments, which then wait for it. Arguments may also be the JSON text of an object, or null.
     """
 
-    def __init__(
-        self,
-        pieces: Pieces,
-        *,
-        names: Container[str] | None = None,
-        needs_arguments: bool = False,
-        strict: bool = False,
-    ) -> None:
+    def __init__(self, pieces: Pieces, names: Container[str] | None = None) -> None:
         """Create a reader.
 
         Args:
             pieces: Receives the call.
-            names: Functions that may be called; None for any.
-            needs_arguments: An object without arguments is not a call.
-            strict: An object with keys that calls do not have is not a call.
+            names: The functions that may be called; an object without arguments, or with keys that calls do not have,
+                is then not a call. None for any function.
         """
         self.done = False
         self.broken = False
         self._pieces = pieces
         self._names = names
-        self._needs_arguments = needs_arguments
-        self._strict = strict
         self._expects = "{"
         self._scanner = JsonScanner()
         self._text: list[str] = []
         self._length = 0
         self._key = ""
         self._name: str | None = None
-        self._waiting: list[str] | None = None
+        self._waiting: list[str] = []
         self._has_arguments = False
         self._started = False
 
@@ -98,11 +88,7 @@ class CallObject:
     def _value_fits(self, character: str) -> bool:
         if self._key == "name":
             return character == '"'
-        if self._key == "arguments":
-            if character == "{":
-                self._begin_arguments()
-            return character in '{"n'
-        return True
+        return self._key != "arguments" or character in '{"n'
 
     def _scan(self, text: str, at: int) -> int:
         is_key = self._expects == "key"
@@ -133,7 +119,7 @@ class CallObject:
             self._has_arguments = True
         else:
             self._key = ""
-            return not self._strict or key in _OTHERS
+            return self._names is None or key in _OTHERS
         return True
 
     def _value_ended(self) -> bool:
@@ -144,40 +130,32 @@ class CallObject:
             if not name or not _is_text(name) or (self._names is not None and name not in self._names):
                 return False
             self._name = name
-            if self._waiting is not None:
-                self._start()
+            self._pass_on()
             return True
         if key == "arguments" and self._scanner.kind != "object":
             written = "{}" if self._scanner.kind == "null" else json.loads("".join(self._text))
             if not is_object(written) or not _is_text(written):
                 return False
-            self._begin_arguments()
             self._arguments(written)
         return True
 
-    def _begin_arguments(self) -> None:
-        self._waiting = []
-        if self._name is not None:
-            self._start()
-
-    def _start(self) -> None:
-        """Start the call: the name and the beginning of the arguments are known."""
-        assert self._name is not None
-        waiting, self._waiting = self._waiting or [], None
-        self._pieces.start(self._name)
-        self._started = True
-        for piece in waiting:
-            self._pieces.arguments(piece)
-
     def _arguments(self, piece: str) -> None:
-        if self._waiting is not None:
-            self._waiting.append(piece)
-        else:
+        self._waiting.append(piece)
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Start the call and pass its arguments on, as soon as the name and the first of them are known."""
+        if self._name is None or not self._waiting:
+            return
+        if not self._started:
+            self._pieces.start(self._name)
+            self._started = True
+        for piece in self._waiting:
             self._pieces.arguments(piece)
+        self._waiting.clear()
 
     def _end(self) -> None:
-        if self._name is not None and not self._has_arguments and not self._needs_arguments:
-            self._begin_arguments()
+        if not self._has_arguments and self._names is None:
             self._arguments("{}")
         self.done = self._started
         self.broken = not self.done
@@ -254,8 +232,7 @@ HERMES_OPEN, HERMES_CLOSE = "<tool_call>", "</tool_call>"
 class HermesParser(Machine):
     """Reads calls between tags, as Hermes and Qwen write them.
 
-    They are <tool_call>{"name": "f", "arguments": {...}}</tool_call>. A call without its closing tag counts
-    as soon as its object is complete.
+    They are <tool_call>{"name": "f", "arguments": {...}}</tool_call>. The closing tag may be missing.
     """
 
     def __init__(self, pieces: Pieces, opening: str = HERMES_OPEN, closing: str = HERMES_CLOSE) -> None:
@@ -283,9 +260,8 @@ _STOP = re.compile(r"\n|<\|python_tag\|>")
 class Llama3JsonParser(Machine):
     """Reads calls as bare objects, {"name": "f", "parameters": {...}}, separated by ";", as Llama 3 writes them.
 
-    Objects are looked for at the beginning of the completion and of each line, and after the tag. Nothing
-    else distinguishes a call from an answer in JSON, so it must name a known function and have only the keys
-    of a call.
+    Objects are looked for at the beginning of the completion and of each line, and after the tag. A call must name a
+    known function and have only the keys of a call, since nothing else distinguishes it from an answer in JSON.
     """
 
     def __init__(self, pieces: Pieces, names: Container[str]) -> None:
@@ -310,8 +286,7 @@ class Llama3JsonParser(Machine):
         return self._content(text, at, found.end())
 
     def _object(self, text: str, at: int) -> int:
-        call = CallObject(self._pieces, names=self._names, needs_arguments=True, strict=True)
-        return self._begin(call, at)
+        return self._begin(CallObject(self._pieces, self._names), at)
 
     def _after_call(self, text: str, at: int) -> int:
         if (end := self._content(text, at, skip_space(text, at))) > at:

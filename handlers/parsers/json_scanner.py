@@ -26,15 +26,7 @@ _NUMBER = {
     "expsign": {"0": "EXP", "1-9": "EXP"},
     "EXP": {"0": "EXP", "1-9": "EXP"},
 }
-_CLASSES = {
-    **dict.fromkeys("123456789", "1-9"),
-    "0": "0",
-    ".": ".",
-    "e": "e",
-    "E": "e",
-    "+": "+-",
-    "-": "+-",
-}
+_CLASSES = {**dict.fromkeys("123456789", "1-9"), "0": "0", ".": ".", "e": "e", "E": "e", "+": "+-", "-": "+-"}
 
 
 def skip_space(text: str, at: int) -> int:
@@ -61,7 +53,6 @@ class JsonScanner:
         self.done = False
         self.broken = False
         self.kind = ""
-        """object, list, string, number, true, false or null; "" before the first character."""
         self._open: list[str] = []
         self._expects = "value"
         self._rest = ""
@@ -71,9 +62,7 @@ class JsonScanner:
     def feed(self, text: str, at: int) -> tuple[int, str]:
         """Scan more text; not to be called after the end.
 
-        Returns:
-            The position after the part that belongs to the value, and that part. If the value breaks,
-                `broken` is set and the position is that of the first invalid character.
+        Returns the position after the part that belongs to the value, or of the first invalid character, and that part.
         """
         out: list[str] = []
         length = len(text)

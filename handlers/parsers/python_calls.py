@@ -20,14 +20,7 @@ _INTEGER = re.compile(r"[+-]?[0-9]+(?:_[0-9]+)*")
 _HEX = re.compile(r"[+-]?0[xX][0-9a-fA-F]+")
 _FLOAT = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _PLAIN = re.compile(r"""[^"'\\]+""")
-_CONSTANTS = {
-    "True": "true",
-    "False": "false",
-    "None": "null",
-    "true": "true",
-    "false": "false",
-    "null": "null",
-}
+_CONSTANTS = {"True": "true", "False": "false", "None": "null", "true": "true", "false": "false", "null": "null"}
 _ESCAPES = dict(zip("ntrbfav", "\n\t\r\b\f\a\v", strict=True)) | {c: c for c in "\\'\""} | {"\n": ""}
 _HEX_ESCAPES = {"x": 2, "u": 4, "U": 8}
 _HEX_DIGITS = "0123456789abcdefABCDEF"
@@ -36,14 +29,7 @@ _BRACKETS = {"[": ("]", "]"), "(": (")", "]"), "{": ("}", "}")}
 
 @dataclass(slots=True)
 class _Open:
-    """An open bracket.
-
-    Attributes:
-        closing: What closes it in Python.
-        json_closing: What closes it in JSON.
-        count: Number of its values.
-        comma: Whether a comma came last.
-    """
+    """An open bracket: what closes it in Python and in JSON, the number of its values, whether a comma came last."""
 
     closing: str
     json_closing: str
@@ -86,10 +72,11 @@ class PythonCall:
             elif (end := skip_space(text, at)) > at:
                 at = end
             else:
-                before = at
                 at = self._structure(text, at)
-                self.broken |= at < 0
-                at = before if at < 0 else at
+        return at
+
+    def _break(self, at: int) -> int:
+        self.broken = True
         return at
 
     def _in_word(self, text: str, at: int) -> int:
@@ -118,11 +105,11 @@ class PythonCall:
         return written is not None
 
     def _structure(self, text: str, at: int) -> int:
-        """Process a character between words and strings; return -1 if it is invalid."""
+        """Process a character between words and strings."""
         character, expects = text[at], self._expects
         opened = self._open[-1] if self._open else None
         if opened is not None and character == opened.closing and expects in ("argument", "item", "key", "after"):
-            return at + 1 if self._close(opened) else -1
+            return self._close(opened, at)
         if expects == "(" and character == "(":
             self._open.append(_Open(")", "}"))
             self._expects = "argument"
@@ -145,9 +132,7 @@ class PythonCall:
             opened.comma = True
             self._expects = "item" if opened.json_closing == "]" else "argument" if len(self._open) == 1 else "key"
             return at + 1
-        if expects in ("value", "item"):
-            return self._begin_value(character, at)
-        return -1
+        return self._begin_value(character, at) if expects in ("value", "item") else self._break(at)
 
     def _begin_value(self, character: str, at: int) -> int:
         """Process the first character of a value, or of a key."""
@@ -170,7 +155,7 @@ class PythonCall:
         if character in "0123456789.+-":
             self._expects = "number"
             return at
-        return -1
+        return self._break(at)
 
     def _next(self) -> None:
         """Count one more value in the innermost bracket."""
@@ -180,14 +165,14 @@ class PythonCall:
         opened.count += 1
         opened.comma = False
 
-    def _close(self, opened: _Open) -> bool:
+    def _close(self, opened: _Open, at: int) -> int:
         if opened.closing == ")" and len(self._open) > 1 and opened.count == 1 and not opened.comma:
-            return False  # a value in parentheses is not a tuple
+            return self._break(at)  # a value in parentheses is not a tuple
         self._write(opened.json_closing)
         self._open.pop()
         self._expects = "after"
         self.done = not self._open
-        return True
+        return at + 1
 
     def _in_text(self, text: str, at: int) -> int:
         match = _PLAIN.match(text, at)
@@ -211,8 +196,7 @@ class PythonCall:
         if character in _HEX_ESCAPES:
             self._expects, self._hex, self._hex_length = "hex", "", _HEX_ESCAPES[character]
         elif character in "01234567N":
-            self.broken = True
-            return at
+            return self._break(at)
         else:
             self._write(_escaped(_ESCAPES.get(character, "\\" + character)))
         return at + 1
@@ -220,8 +204,7 @@ class PythonCall:
     def _hex_digit(self, text: str, at: int) -> int:
         self._hex += text[at]
         if text[at] not in _HEX_DIGITS:
-            self.broken = True
-            return at
+            return self._break(at)
         if len(self._hex) == self._hex_length:
             code = int(self._hex, 16)
             self._expects = "text"
@@ -260,10 +243,9 @@ START, END = "<|python_start|>", "<|python_end|>"
 
 
 class PythonicParser(Machine):
-    """Reads lists of calls.
+    """Reads lists of calls, at the beginning of the completion and anywhere after Llama 4's mark.
 
-    A list is looked for at the beginning of the completion, and anywhere after Llama 4's mark. Its calls must
-    be of known functions: nothing else distinguishes them from other text in brackets.
+    The functions must be known ones, since nothing else distinguishes calls from other text in brackets.
     """
 
     def __init__(self, pieces: Pieces, names: Container[str]) -> None:

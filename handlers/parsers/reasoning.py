@@ -5,15 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from handlers.parsers.base import (
-    Content,
-    Parser,
-    ParserContext,
-    Piece,
-    Reasoning,
-    parse_whole,
-    possible_beginning,
-)
+from handlers.parsers.base import Content, Parser, ParserContext, Piece, Reasoning, parse_whole, possible_beginning
 from handlers.parsers.json_scanner import skip_space
 
 Begins = Literal["reasoning", "content", "tagged"]

@@ -45,9 +45,7 @@ _MISTRAL = ToolFormat(
     lambda asked: MistralParser(Pieces(new_call_id)), frozenset({TOOL_CALLS, ARGS, CALL_ID}), new_call_id
 )
 _PYTHONIC = ToolFormat(
-    lambda asked: PythonicParser(Pieces(openai_call_id), asked.tool_names),
-    frozenset({START, END}),
-    openai_call_id,
+    lambda asked: PythonicParser(Pieces(openai_call_id), asked.tool_names), frozenset({START, END}), openai_call_id
 )
 
 TOOL_FORMATS = {

@@ -28,11 +28,7 @@ def read_eos_token_ids(generation: dict[str, Any], text_config: Any, tokenizer: 
 
     generation_config.json decides, as in transformers; else the model's config; else the tokenizer.
     """
-    for source in (
-        generation.get("eos_token_id"),
-        getattr(text_config, "eos_token_id", None),
-        tokenizer.eos_token_id,
-    ):
+    for source in (generation.get("eos_token_id"), getattr(text_config, "eos_token_id", None), tokenizer.eos_token_id):
         if source is not None:
             return tuple(source) if isinstance(source, list) else (int(source),)
     return ()

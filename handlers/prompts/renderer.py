@@ -12,14 +12,7 @@ import jinja2
 
 from handlers.errors import InvalidRequest, ServingError
 from handlers.prompts.chat_templates import ChatTemplates, TemplateSource
-from handlers.prompts.special_tokens import (
-    SEARCH_WINDOW,
-    ControlTokens,
-    Hidden,
-    LiteralEncoder,
-    encode,
-    token_places,
-)
+from handlers.prompts.special_tokens import SEARCH_WINDOW, ControlTokens, Hidden, LiteralEncoder, encode, token_places
 from handlers.protocols.body import SHORT_BYTES
 from handlers.protocols.body_limits import MAX_DEPTH, check_body, depth
 from handlers.request import ChatPrompt, Message, TextPart, TextPrompt, media_parts, prompt_parts
@@ -41,6 +34,9 @@ _FEWEST_TOKENS = 2**20
 
 _OURS = {"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"}
 """Template variables that requests set by fields of their own."""
+
+_Tokens = tuple[list[int], list[tuple[int, int]] | None]
+"""The ids of tokens and, if asked for, the place of each in the text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +79,7 @@ class PromptRenderer:
         preprocessor: Preprocessor[Any] | None = None,
         search_window: int = SEARCH_WINDOW,
     ) -> None:
-        """Prepare to render prompts.
+        """Prepare to render prompts. Raises ValueError if the arguments contradict each other.
 
         Args:
             tokenizer: A fast tokenizer; nothing else may set its truncation or padding.
@@ -95,9 +91,6 @@ class PromptRenderer:
             preprocessor: What else the model's family does with prompts; None for a model without images, or if the
                 backend does it.
             search_window: Characters of a prompt that are searched in one step.
-
-        Raises:
-            ValueError: The arguments contradict each other.
         """
         self.longest = _LONGEST_PROMPT
         self._preprocessor = preprocessor
@@ -146,14 +139,11 @@ class PromptRenderer:
         return source.variables - _OURS - self._tokenizer.special_tokens_map.keys()
 
     def render(self, prompt: ChatPrompt | TextPrompt, *, spans: bool = False) -> RenderedPrompt:
-        """Return a prompt's text and tokens.
+        """Return a prompt's text and tokens. Raises InvalidRequest for what the client can correct.
 
         Args:
             prompt: The turns, or the text.
             spans: Whether to return the place of each token in the text.
-
-        Raises:
-            InvalidRequest: The client can correct the prompt.
         """
         self._require_room(_characters(prompt))
         if isinstance(prompt, ChatPrompt):
@@ -189,16 +179,14 @@ class PromptRenderer:
         if prompt.token_ids is not None:
             self._require_room(len(prompt.token_ids), "tokens")
             return self._counted(self._decoded(prompt.token_ids), list(prompt.token_ids), n_images)
-        pieces = [
-            hidden.text(part.text) if isinstance(part, TextPart) else self.placeholder or "" for part in prompt.parts
-        ]
+        pieces = [hidden.text(p.text) if isinstance(p, TextPart) else self.placeholder or "" for p in prompt.parts]
         text, add_special_tokens = "".join(pieces), prompt.add_special_tokens and self._adds_special_tokens
         if self._preprocessor is not None:
             text = self._preprocessor.arranged(text, self._bos or "")
         return self._encoded(text, hidden, n_images, add_special_tokens, spans)
 
     def _decoded(self, token_ids: list[int]) -> str:
-        """Decode as a batch, which lets other threads run."""
+        """Decode as a batch, since other threads can run meanwhile."""
         (text,) = self._backend.decode_batch([token_ids], skip_special_tokens=False)
         return str(text)
 
@@ -281,21 +269,15 @@ class PromptRenderer:
             spans = spans and [*[(0, 0)] * len(before), *spans, *[(0, 0)] * len(after)]
         return self._counted(hidden.restore(rendered), ids, n_images, spans)
 
-    def _ids(
-        self, rendered: str, hidden: Hidden, add_special_tokens: bool, with_spans: bool
-    ) -> tuple[list[int], list[tuple[int, int]] | None]:
+    def _ids(self, rendered: str, hidden: Hidden, add_special_tokens: bool, with_spans: bool) -> _Tokens:
         if hidden.literals or self._normalised:
-            literal = self._literal.encode(
-                rendered, hidden, add_special_tokens=add_special_tokens, require_room=self._require_tokens
-            )
+            literal = self._literal.encode(rendered, hidden, add_special_tokens, self._require_tokens)
             return literal.ids, literal.spans() if with_spans else None
         encoding = encode(rendered, self._backend, add_special_tokens)
         self._require_tokens(len(encoding))
         return encoding.ids, token_places(encoding) if with_spans else None
 
-    def _ids_apart(
-        self, texts: list[str], hidden: Hidden, add_special_tokens: bool, with_spans: bool
-    ) -> tuple[list[int], list[tuple[int, int]] | None]:
+    def _ids_apart(self, texts: list[str], hidden: Hidden, add_special_tokens: bool, with_spans: bool) -> _Tokens:
         """Tokenise texts separately, with an image token between each and the next."""
         image, image_id = self.placeholder, self.image_token_id
         assert image is not None
@@ -334,35 +316,27 @@ class PromptRenderer:
         most = None if self._preprocessor is None else self._preprocessor.max_images
         if most is not None and n_images > most:
             raise InvalidRequest(
-                f"the request has {n_images} images, but a prompt of this model holds at most {most}",
-                param="messages",
+                f"the request has {n_images} images, but a prompt of this model holds at most {most}", param="messages"
             )
 
-    def _require_room(self, length: int, unit: str = "characters") -> None:
-        if length > self.longest:
+    def _require_room(self, length: int, unit: str = "characters", most: int | None = None) -> None:
+        most = self.longest if most is None else most
+        if length > most:
             raise InvalidRequest(
-                f"the prompt has {length} {unit}, far more than this model's context holds; allowed: at most "
-                f"{self.longest}"
+                f"the prompt has {length} {unit}, far more than this model's context holds; allowed: at most {most}"
             )
 
     def _require_tokens(self, count: int) -> None:
-        """Refuse too many tokens before they become a list, since that lets no other thread run."""
-        if count > (most := max(_FEWEST_TOKENS, self.longest // _CHARACTERS_PER_TOKEN)):
-            raise InvalidRequest(
-                f"the prompt has {count} tokens, far more than this model's context holds; allowed: at most {most}"
-            )
+        """Refuse too many tokens before they become a list, since no other thread runs while that is made."""
+        self._require_room(count, "tokens", max(_FEWEST_TOKENS, self.longest // _CHARACTERS_PER_TOKEN))
 
     def _no_template(self) -> InvalidRequest:
         if not (named := self.templates.named):
-            return InvalidRequest(
-                "this model has no chat template: set option.chat_template, or send a prompt as `inputs`",
-                param="messages",
-            )
-        return InvalidRequest(
-            f"this model has several chat templates and none of them is its default: name one in chat_template "
-            f"({', '.join(sorted(named))}), or set option.chat_template",
-            param="chat_template",
-        )
+            text = "this model has no chat template: set option.chat_template, or send a prompt as `inputs`"
+            return InvalidRequest(text, param="messages")
+        text = "this model has several chat templates and none of them is its default: name one in chat_template "
+        text += f"({', '.join(sorted(named))}), or set option.chat_template"
+        return InvalidRequest(text, param="chat_template")
 
 
 def _characters(prompt: ChatPrompt | TextPrompt) -> int:
@@ -460,10 +434,7 @@ def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
         except (ValueError, RecursionError, InvalidRequest):
             arguments = None
     usable = isinstance(arguments, dict) and depth(arguments) <= MAX_DEPTH
-    return {
-        **call,
-        "function": {**function, "arguments": arguments if usable else {}},
-    }
+    return {**call, "function": {**function, "arguments": arguments if usable else {}}}
 
 
 def _reason(what: str, error: jinja2.TemplateError) -> str:

@@ -216,10 +216,9 @@ class LiteralEncoder:
             ]
         )
         self._anchor_ids = {self._backend.token_to_id(anchor) for anchor in anchors.values()}
+        plain = {"lstrip": False, "rstrip": False}
         self._anchor_of = {
-            token: anchors[int(flags[token]["lstrip"]), int(flags[token]["rstrip"])]
-            if token in flags
-            else anchors[0, 0]
+            token: anchors[int(flags.get(token, plain)["lstrip"]), int(flags.get(token, plain)["rstrip"])]
             for token in control.tokens
         }
         vocabulary = backend.get_vocab(with_added_tokens=True)
@@ -231,12 +230,7 @@ class LiteralEncoder:
         self._window = control.window
 
     def encode(
-        self,
-        rendered: str,
-        hidden: Hidden,
-        *,
-        add_special_tokens: bool,
-        require_room: Callable[[int], None] = lambda count: None,
+        self, rendered: str, hidden: Hidden, add_special_tokens: bool, require_room: Callable[[int], None]
     ) -> LiteralEncoding:
         """Encode a rendered prompt, in which visible control tokens count and marks stand for literal text.
 

@@ -58,10 +58,7 @@ def _damaged_file(folder: Path) -> str | None:
 
 
 def vocabulary_of(
-    tokenizer: PreTrainedTokenizerFast,
-    size: int,
-    eos_token_ids: tuple[int, ...],
-    forbidden: tuple[int, ...] = (),
+    tokenizer: PreTrainedTokenizerFast, size: int, eos_token_ids: tuple[int, ...], forbidden: tuple[int, ...] = ()
 ) -> Vocabulary:
     """Return what the engine must know of a vocabulary. size: number of logits. forbidden: tokens never generated."""
     backend = copy.copy(tokenizer.backend_tokenizer)

@@ -25,11 +25,12 @@ from PIL import Image
 
 from handlers.errors import ImageTooLarge, Unavailable
 from handlers.images import ImageProblem
-from handlers.images.decoder import FORMATS, REUSED_BYTES, PixelMemory, decode, new_memory
+from handlers.images.decoder import FORMATS, decode
 from handlers.images.decoder_pool import DecoderPool, TimeLimits
 from handlers.images.formats import Header, read_header
 from handlers.images.limits import ImageLimits
 from handlers.images.loader import ImageLoader
+from handlers.images.pixel_memory import REUSED_BYTES, PixelMemory, new_memory
 from handlers.request import ImagePart
 from tests.attack import corpus
 from tests.support.live import LiveServer, chat_body, children_running, data_url
@@ -561,7 +562,7 @@ def test_the_cheap_look_at_a_header_finds_what_pillow_finds(file: bytes) -> None
 
 
 def test_a_decoder_loads_little_and_takes_little_memory() -> None:
-    script = "import sys, handlers.images.decoder; print(*sys.modules)"
+    script = "import sys, handlers.images.decoder_process; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     for heavy in ("asyncio", "pydantic", "torch", "transformers", "msgspec", "numpy", "ssl", "engine"):
         assert heavy not in loaded

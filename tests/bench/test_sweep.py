@@ -124,13 +124,22 @@ def test_refused_requests_are_counted_by_status(capsys: pytest.CaptureFixture[st
     assert "<b>" not in text
 
 
-def test_a_server_that_answers_nothing_ends_the_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server_that_answers_nothing_ends_the_sweep_and_has_no_times(
+    capsys: pytest.CaptureFixture[str], in_a_folder: Path
+) -> None:
     with StandIn(refuse=1).open() as server:
         status, found, said = bench(capsys, server.url, *SMALL, "--streams", "1,2,4", "--requests", "3")
     assert status == 1
     assert len(server.log) == 3
     assert [level["name"] for level in found["levels"]] == ["1 stream"]
     assert "gave no whole reply: {'429': 3}" in said
+    assert "TTFT n/a / n/a ms, ITL n/a / n/a ms, 3 failed" in said
+    (times,) = found["levels"][0]["servers"]
+    for name in ("ttft_ms", "itl_ms", "tpot_ms", "e2e_ms"):
+        assert times[name] == dict.fromkeys(("p50", "p90", "p99", "mean", "max"))
+    assert "TTFT p50 n/a ms, p99 n/a ms, ITL p50 n/a ms" in sweep.verdict(found)[0]
+    assert "n/a / n/a / n/a" in report.table({"one": times})
+    assert "<dd>– ms <small>p99 – ms</small></dd>" in (in_a_folder / "page.html").read_text()
 
 
 def test_time_ends_a_load(capsys: pytest.CaptureFixture[str]) -> None:
@@ -246,7 +255,7 @@ def test_a_sentence_says_where_the_knee_is() -> None:
 
 def test_a_page_is_made_of_loads_without_a_whole_reply() -> None:
     nothing = {
-        name: dict.fromkeys(("p50", "p90", "p99", "mean"), 0.0) for name in ("ttft_ms", "itl_ms", "e2e_ms", "tpot_ms")
+        name: dict.fromkeys(("p50", "p90", "p99", "mean")) for name in ("ttft_ms", "itl_ms", "e2e_ms", "tpot_ms")
     }
     failed = {
         **row(0, 0, refused=100),

@@ -227,6 +227,7 @@ def test_a_wrong_key(server: ServerProcess, sent: str) -> None:
     ):
         reply = httpx.post(f"{server.url}{path}", json=ASKS_LMI, headers={"authorization": sent}, timeout=60)
         assert reply.status_code == 401
+        assert reply.headers["www-authenticate"] == "Bearer"
         assert "Authorization" in str(reply.json()[words])
         assert KEY not in reply.text
 

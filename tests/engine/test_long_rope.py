@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 from pathlib import Path
 
@@ -10,8 +9,8 @@ import pytest
 
 from engine.sampling_params import SamplingParams
 from tests.support.engine_driver import Oracle, Prompt, load_engine, run_all
-from tests.support.engine_process import answer, config, running
 from tests.support.exactness import PromptMaker, check_random_load
+from tests.support.likeness import check_two_ranks
 from tests.support.models import make_text_model
 
 LIMIT = 48
@@ -89,10 +88,4 @@ def test_several_answers_cross_the_limit_together(model: tuple[Path, Oracle]) ->
 def test_two_ranks_share_its_fused_projections(model: tuple[Path, Oracle]) -> None:
     path, oracle = model
     prompts = [Prompt([1, 2, 3]), Prompt([*range(LIMIT - 5)]), Prompt([*range(LIMIT + 20)])]
-
-    async def scenario() -> list[list[int]]:
-        async with running(config(path, devices=("cpu", "cpu"))) as client:
-            params = SamplingParams(temperature=0.0, max_tokens=20)
-            return list(await asyncio.gather(*(answer(client, p.add(None, params)) for p in prompts)))
-
-    assert asyncio.run(scenario()) == [oracle.generate(prompt, 20) for prompt in prompts]
+    check_two_ranks(path, oracle, prompts, length=20, ignore_eos=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from handlers.backends.rolling.plan import plan_engines
 from handlers.errors import InvalidConfiguration
 from properties.settings import Settings
 from tests.support.engine_driver import EOS, Oracle, Prompt, Result, load_engine, random_image, run_all
-from tests.support.engine_process import answer, config, running
 from tests.support.live import LiveServer
 from tests.support.models import VOCAB, make_llava, make_text_model, make_tokenizer
+from tests.support.second_rank import two_ranks
 from tests.support.shapes import SHAPES, drawing
 
 LOOKUP = LookupConfig(tokens=4, shortest=1, longest=3)
@@ -144,16 +143,11 @@ def test_an_answer_that_repeats_itself_takes_fewer_steps(path: Path) -> None:
 def test_two_ranks_give_the_same_tokens(path: Path, oracle: Oracle) -> None:
     prompts = [Prompt([*QUOTED, random_image(3)]), Prompt(QUOTED)]
     params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
-
-    async def scenario() -> list[list[int]]:
-        async with running(config(path, devices=("cpu", "cpu"), lookup=LOOKUP)) as client:
-            adds = [prompt.add(oracle.preprocessor, params) for prompt in prompts]
-            answers = list(await asyncio.gather(*(answer(client, add) for add in adds)))
-            assert client.stats.draft_tokens > 0
-            return answers
-
-    want = [oracle.generate(prompt, 30, ignore_eos=True) for prompt in prompts]
-    assert asyncio.run(scenario()) == want
+    with two_ranks(path, lookup=LOOKUP) as engine:
+        results = run_all(engine, [prompt.add(oracle.preprocessor, params) for prompt in prompts])
+        assert engine.stats().draft_tokens > 0
+    for number, prompt in enumerate(prompts):
+        assert results[number].token_ids == oracle.generate(prompt, 30, ignore_eos=True)
 
 
 def test_the_server_counts_what_it_drafts() -> None:

@@ -87,6 +87,17 @@ def test_limit_that_makes_no_sense(text: str) -> None:
         value("limit_mm_per_prompt", text)
 
 
+@pytest.mark.parametrize("text", ["1.2.3.4.5", "256.0.0.1", "1.2.3.", "."])
+def test_an_impossible_address_is_refused(text: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"host = .*not an IP address; allowed: an IP address or a host name"):
+        value("host", text)
+
+
+@pytest.mark.parametrize("text", ["0.0.0.0", "127.1", "::1", "localhost", "10.example"])
+def test_an_address_or_a_name_can_be_listened_on(text: str) -> None:
+    assert value("host", text) == text
+
+
 def test_lists_and_objects() -> None:
     assert value("allowed_media_domains", "a.org, b.org") == ["a.org", "b.org"]
     assert value("served_model_name", '["a", "b,c"]') == ["a", "b,c"]

@@ -30,9 +30,9 @@ from handlers.request import (
     TextPart,
 )
 from tests.support.engine_driver import CAPITALS, Oracle, Prompt, load_engine, run_all
-from tests.support.engine_process import answer, config, running
 from tests.support.model_front import learned
 from tests.support.rolling import loaded, tokens
+from tests.support.second_rank import two_ranks
 
 
 @st.composite
@@ -69,16 +69,21 @@ def check_front(path: Path) -> None:
     assert found["fingerprint"] == preprocessor.fingerprint.hex()
 
 
-def check_two_ranks(path: Path, oracle: Oracle, prompts: Sequence[Prompt]) -> None:
-    """Engines that share the model give the same tokens."""
-
-    async def scenario() -> list[list[int]]:
-        async with running(config(path, devices=("cpu", "cpu"))) as client:
-            params = RequestSampling(temperature=0.0, max_tokens=12)
-            adds = [prompt.add(oracle.preprocessor, params) for prompt in prompts]
-            return list(await asyncio.gather(*(answer(client, add) for add in adds)))
-
-    assert asyncio.run(scenario()) == [oracle.generate(prompt, 12) for prompt in prompts]
+def check_two_ranks(
+    path: Path,
+    oracle: Oracle,
+    prompts: Sequence[Prompt],
+    *,
+    length: int = 12,
+    ignore_eos: bool = True,
+    **settings: object,
+) -> None:
+    """Ranks that share the model give the tokens of transformers."""
+    params = RequestSampling(temperature=0.0, max_tokens=length, ignore_eos=ignore_eos)
+    with two_ranks(path, **settings) as engine:
+        results = run_all(engine, [prompt.add(oracle.preprocessor, params) for prompt in prompts])
+    for number, prompt in enumerate(prompts):
+        assert results[number].token_ids == oracle.generate(prompt, length, ignore_eos=ignore_eos), f"prompt {number}"
 
 
 def check_answers(path: Path, oracle: Oracle, prompts: Sequence[Prompt], **settings: object) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,8 @@ from engine.sampling_params import SamplingParams
 from handlers import LLM, StructuredOutputsParams
 from handlers import SamplingParams as OfflineParams
 from tests.support.engine_driver import CAPITALS, Oracle, Prompt, load_engine, random_image, run_all
-from tests.support.engine_process import answer, config, running
 from tests.support.exactness import check_random_load, prompts_with
-from tests.support.likeness import noise
+from tests.support.likeness import check_two_ranks, noise
 from tests.support.tiny_chameleon import CODES, END, FIRST_WORD, SEPARATOR, START, make_chameleon
 
 WORDS = range(FIRST_WORD, FIRST_WORD + CODES)
@@ -69,15 +67,7 @@ def test_two_ranks_give_the_same_tokens(model: tuple[Path, Oracle]) -> None:
     path, oracle = model
     some = images()
     prompts = [Prompt([65, 66, some[0], 67]), Prompt([some[4], 68, some[5], 69]), Prompt([70, 71])]
-    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-
-    async def scenario() -> list[list[int]]:
-        async with running(config(path, devices=("cpu", "cpu"))) as client:
-            adds = [prompt.add(oracle.preprocessor, params) for prompt in prompts]
-            return list(await asyncio.gather(*(answer(client, add) for add in adds)))
-
-    want = [oracle.generate(prompt, 12, ignore_eos=True) for prompt in prompts]
-    assert asyncio.run(scenario()) == want
+    check_two_ranks(path, oracle, prompts)
 
 
 def test_a_chat_through_the_whole_way(model: tuple[Path, Oracle]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 from pathlib import Path
 
@@ -14,14 +13,12 @@ from PIL import Image
 from transformers import AutoImageProcessor, FuyuProcessor
 
 from engine.loader import load_preprocessor
-from engine.sampling_params import SamplingParams
 from handlers import LLM, StructuredOutputsParams
 from handlers import SamplingParams as OfflineParams
 from handlers.errors import InvalidRequest
 from tests.support.engine_driver import CAPITALS, Oracle, Prompt
-from tests.support.engine_process import answer, config, running
 from tests.support.exactness import check_random_load
-from tests.support.likeness import check_logprobs
+from tests.support.likeness import check_logprobs, check_two_ranks
 from tests.support.tiny_fuyu import ANSWER, BOS, SPEAKER, make_fuyu, make_tokenizer, patches_of
 
 
@@ -91,15 +88,7 @@ def test_torchvisions_way_takes_one_mean_for_all_channels(model: tuple[Path, Ora
 def test_two_ranks_give_the_same_tokens(model: tuple[Path, Oracle]) -> None:
     path, oracle = model
     prompts = [Prompt([image, BOS, 65, 66, ANSWER]) for image in images()[:3]]
-    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-
-    async def scenario() -> list[list[int]]:
-        async with running(config(path, devices=("cpu", "cpu"))) as client:
-            adds = [prompt.add(oracle.preprocessor, params) for prompt in prompts]
-            return list(await asyncio.gather(*(answer(client, add) for add in adds)))
-
-    want = [oracle.generate(prompt, 12, ignore_eos=True) for prompt in prompts]
-    assert asyncio.run(scenario()) == want
+    check_two_ranks(path, oracle, prompts)
 
 
 def test_a_chat_through_the_whole_way(model: tuple[Path, Oracle]) -> None:

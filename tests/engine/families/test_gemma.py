@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from handlers.errors import InvalidRequest
 from handlers.prompts.renderer import PromptRenderer
 from handlers.request import ChatPrompt, ImagePart, Message, TextPart
 from tests.support.engine_driver import Oracle, Prompt, load_engine, run_all
-from tests.support.engine_process import answer, config, running
 from tests.support.exactness import check_random_load, prompts_with, small_images
+from tests.support.likeness import check_two_ranks
 from tests.support.tiny_gemma import END, GEMMA3_TEMPLATE, SOFT, START, inputs, make_gemma3, make_paligemma
 
 MODELS = {
@@ -91,15 +90,7 @@ def test_two_ranks_give_the_same_tokens(model: tuple[Path, Oracle]) -> None:
     path, oracle = model
     images = small_images()
     prompts = [Prompt([65, 66, images[0], 67]), Prompt([images[1], 68, images[2], 69]), Prompt([70, 71])]
-    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-
-    async def scenario() -> list[list[int]]:
-        async with running(config(path, devices=("cpu", "cpu"))) as client:
-            adds = [prompt.add(oracle.preprocessor, params) for prompt in prompts]
-            return list(await asyncio.gather(*(answer(client, add) for add in adds)))
-
-    want = [oracle.generate(prompt, 12, ignore_eos=True) for prompt in prompts]
-    assert asyncio.run(scenario()) == want
+    check_two_ranks(path, oracle, prompts)
 
 
 def test_a_chat_through_the_whole_way(model: tuple[Path, Oracle]) -> None:

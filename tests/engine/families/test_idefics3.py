@@ -16,7 +16,6 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, Idefics3Processor
 from transformers.utils import is_torchvision_available
 
-from engine.config import EngineConfig
 from engine.errors import ModelLoadError
 from engine.families.idefics3 import Idefics3Preprocessor
 from engine.families.preprocessor import Preprocessor
@@ -25,9 +24,8 @@ from engine.loader import load_preprocessor
 from engine.sampling_params import SamplingParams
 from handlers.request import Constraint
 from tests.support.engine_driver import Oracle, Prompt, load_engine, run_all
-from tests.support.engine_process import answer as answered
-from tests.support.engine_process import running
 from tests.support.exactness import check_logprobs, check_random_load, expanded, image_of, prompts_with
+from tests.support.likeness import check_two_ranks
 from tests.support.model_front import learned
 from tests.support.rolling import answer, check_stop_string, loaded, request, tokens
 from tests.support.tiny_tiles import ROWS, TILE, make_idefics3
@@ -230,14 +228,7 @@ def test_chats_several_answers_stop_strings_and_grammars(one: tuple[Path, Oracle
 def test_two_ranks_give_the_same_tokens(one: tuple[Path, Oracle]) -> None:
     model, oracle = one
     prompts = [Prompt([1, 2, 3]), Prompt([9, image_of(50, 40), 4]), Prompt([image_of(4, 90), 7, BLACK, 8])]
-
-    async def scenario() -> list[list[int]]:
-        config = EngineConfig(model_path=str(model), dtype="float32", kv_cache_bytes=8 << 20, devices=("cpu", "cpu"))
-        async with running(config) as client:
-            adds = [prompt.add(oracle.preprocessor, GREEDY) for prompt in prompts]
-            return list(await asyncio.gather(*(answered(client, add) for add in adds)))
-
-    assert asyncio.run(scenario()) == [oracle.generate(prompt, 16, ignore_eos=True) for prompt in prompts]
+    check_two_ranks(model, oracle, prompts, length=16)
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,9 @@ def test_log_probabilities_equal_transformers(path: Path, oracle: Oracle) -> Non
 
 
 def test_two_ranks_give_the_same_tokens(path: Path, oracle: Oracle) -> None:
-    check_two_ranks(path, oracle, [Prompt([1, noise(70, 30), 2]), Prompt([noise(31, 90, 1), noise(20, 20), 3])])
+    check_two_ranks(
+        path, oracle, [Prompt([1, noise(70, 30), 2]), Prompt([noise(31, 90, 1), noise(20, 20), 3])], ignore_eos=False
+    )
 
 
 def test_a_chat_through_the_backend(path: Path, oracle: Oracle) -> None:

@@ -24,9 +24,8 @@ from handlers.backends.rolling.image_preparer import ImagePreparer
 from handlers.errors import ImageError
 from handlers.request import EmbeddingsPart, LoadedEmbeddings
 from tests.support.engine_driver import Oracle, Prompt, Result, collect, load_engine, run_all
-from tests.support.engine_process import answer, config, running
 from tests.support.exactness import check_random_load, prompts_with
-from tests.support.likeness import noise
+from tests.support.likeness import check_two_ranks, noise
 from tests.support.models import VOCAB
 from tests.support.tiny_mllama import inputs, make_mllama
 
@@ -176,15 +175,7 @@ def test_two_ranks_give_the_same_tokens(model: tuple[Path, Oracle]) -> None:
     path, oracle = model
     some = images()
     prompts = [Prompt([65, 66, some[0], 67]), Prompt([some[1], some[2], 68, 69]), Prompt([70, 71])]
-    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-
-    async def scenario() -> list[list[int]]:
-        async with running(config(path, devices=("cpu", "cpu"))) as client:
-            adds = [prompt.add(oracle.preprocessor, params) for prompt in prompts]
-            return list(await asyncio.gather(*(answer(client, add) for add in adds)))
-
-    want = [oracle.generate(prompt, 12, ignore_eos=True) for prompt in prompts]
-    assert asyncio.run(scenario()) == want
+    check_two_ranks(path, oracle, prompts)
 
 
 def test_a_chat_with_images_through_the_whole_way(model: tuple[Path, Oracle]) -> None:

@@ -31,9 +31,8 @@ from handlers.prompts.renderer import PromptRenderer
 from handlers.request import ChatPrompt, Constraint, ImagePart, Message, TextPart
 from tests.support.checked import CPU, report
 from tests.support.engine_driver import EOS, Oracle, Prompt, load_engine, run_all
-from tests.support.engine_process import answer as answered
-from tests.support.engine_process import config, running
 from tests.support.exactness import check_logprobs, check_random_load, image_of, prompts_with
+from tests.support.likeness import check_two_ranks
 from tests.support.model_front import HEAVY, learned
 from tests.support.models import make_text_model, make_tokenizer
 from tests.support.phi3_v_code import prepared
@@ -246,13 +245,7 @@ def test_prompts_are_tokenised_as_the_checkpoints_processor_does(texts: list[str
 
 def test_two_ranks_give_the_same_tokens(model: Path, oracle: Reference) -> None:
     prompts = [Prompt([1, 2, 3]), Prompt([9, image_of(50, 40), 4]), Prompt([image_of(4, 90), 7, BLACK, 8])]
-
-    async def scenario() -> list[list[int]]:
-        async with running(config(model, devices=("cpu", "cpu"))) as client:
-            adds = [prompt.add(oracle.preprocessor, GREEDY) for prompt in prompts]
-            return list(await asyncio.gather(*(answered(client, add) for add in adds)))
-
-    assert asyncio.run(scenario()) == [oracle.generate(prompt, 16, ignore_eos=True) for prompt in prompts]
+    check_two_ranks(model, oracle, prompts, length=16)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor, PreTrainedTokenizerFast
 
-from engine.config import EngineConfig
 from engine.errors import ModelLoadError, RequestRejected
 from engine.families.preprocessor import GRID, PreparedImage
 from engine.families.qwen2_vl import Qwen2VLPreprocessor
@@ -41,6 +40,7 @@ from handlers.request import (
 from properties.settings import Settings
 from tests.support.engine_driver import Oracle, Prompt, load_engine, run_all
 from tests.support.exactness import PromptMaker, check_random_load
+from tests.support.likeness import check_two_ranks
 from tests.support.model_front import learned
 from tests.support.rolling import answer, check_stop_string, loaded, tokens
 from tests.support.tiny_qwen_vl import END, FAMILIES, HIDDEN, IMAGE, START, inputs, make_qwen_vl
@@ -176,19 +176,8 @@ def test_positions_are_the_models_own(model: tuple[Path, Oracle]) -> None:
 
 
 def test_two_ranks_give_the_same_tokens(model: tuple[Path, Oracle]) -> None:
-    path, oracle = model
-    add = marked(1, ODD, 2, LONG, 3).add(oracle.preprocessor, GREEDY)
-    engine_config = EngineConfig(
-        model_path=str(path), dtype="float32", devices=("cpu", "cpu"), kv_cache_bytes=8 << 20, max_num_batched_tokens=13
-    )
-
-    async def scenario() -> list[int]:
-        from tests.support.engine_process import answer, running
-
-        async with running(engine_config) as client:
-            return await answer(client, add)
-
-    assert asyncio.run(scenario()) == oracle.generate(marked(1, ODD, 2, LONG, 3), 16)
+    prompts = [marked(1, ODD, 2, LONG, 3)]
+    check_two_ranks(*model, prompts, length=16, ignore_eos=False, max_num_batched_tokens=13)
 
 
 def test_encoding_is_bounded_and_gives_the_same(model: tuple[Path, Oracle]) -> None:
@@ -285,7 +274,10 @@ def test_limits_on_pixels_that_the_operator_sets_are_obeyed(tmp_path: Path, kind
     sized = {"size": {"shortest_edge": limits["min_pixels"], "longest_edge": limits["max_pixels"]}}
     same = load_preprocessor(str(path), sized)
     assert same is not None
-    assert (same.metadata.min_pixels, same.metadata.max_pixels) == (limits["min_pixels"], limits["max_pixels"])
+    assert (same.metadata.min_pixels, same.metadata.max_pixels) == (
+        limits["min_pixels"],
+        limits["max_pixels"],
+    )
     with pytest.raises(ModelLoadError, match="size has 'height'"):
         load_preprocessor(str(path), {"size": {"height": 28, "width": 28}})
     assert usual is not None
