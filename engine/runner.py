@@ -200,7 +200,7 @@ class ModelRunner:
         return -rows % unit if rows > 4 else 0
 
     def _pack(self, chunks: Items[ChunkInput]) -> tuple[PackedStep, np.ndarray, np.ndarray]:
-        """Pack the chunks, on the host; those of one token come first.
+        """Pack the chunks on the host. Chunks of one token come first.
 
         Most steps have no others, and are filled without a loop over numpy calls.
         """

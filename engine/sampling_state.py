@@ -1,8 +1,8 @@
 """What sampling remembers of one sequence between its steps: counts, rules against repetition, and samplers' state.
 
-The rules (n-gram blocking, DRY and unwanted words) look at the text so far, prompt and completion. A step costs time
-linear in its length, whatever the text is: how far the end of the text matches each earlier position is kept from step
-to step and extended by one token.
+The rules (n-gram blocking, DRY and unwanted words) look at the text so far, prompt and completion. A step takes time
+linear in the length of any text, because how far the end of the text matches each earlier position is kept from step to
+step and extended by one token.
 """
 
 from __future__ import annotations
@@ -245,7 +245,7 @@ DEFAULT_ORDER = (
 """Samplers in their default order, by their names in `sampler_priority`; Mirostat always comes last."""
 
 _OTHER_STREAM = 0xD1B54A32D192ED03
-"""Separates XTC's random numbers from those of the draw."""
+"""Separates XTC's random numbers from the draw's."""
 
 _OWN = (
     "temperature", "top_k", "top_p", "min_p", "typical_p", "top_a", "tfs", "eta_cutoff", "epsilon_cutoff",

@@ -1,4 +1,4 @@
-"""Chooses how many tokens of which sequence the next step computes: one budget, no phases, decodes first."""
+"""Chooses which sequences the next step computes, and how many tokens of each: one budget, no phases, decodes first."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ class Scheduler:
         return stop - start
 
     def _images_fit(self, sequence: Sequence) -> bool:
-        """Whether the sequence's images can be held beside those of the running sequences."""
+        """Whether there are slots for the sequence's images and the running sequences' images together."""
         if self.image_slots is None:
             return True
         held = {image.digest for other in (*self.running, sequence) for image in other.images}

@@ -1,4 +1,4 @@
-"""Samplers that reshape a distribution, each as published; those of a request are in its `Warping`.
+"""Samplers that reshape a distribution, each as published; a request's samplers are in its `Warping`.
 
 `mass` is [S, V] float32: the probabilities of a row up to a factor, scaled so that the best token has 1. A filter sets
 the mass of what it removes to 0. Apart from ties (where transformers' top-p drops an arbitrary token) each filter keeps

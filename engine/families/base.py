@@ -87,7 +87,7 @@ class AttendedChunk:
 class FamilyModel:
     """A loaded model. In shapes, T is the number of packed tokens of a step, and D the text hidden size.
 
-    The defaults are those of a model whose images become rows of the decoder's input.
+    By default a model's images become rows of the decoder's input.
 
     Attributes:
         decoder: The language model without its head; it maps `inputs_embeds` to `last_hidden_state`.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 LONGEST_EDGE = 4096
-"""No image is enlarged beyond this, whatever the processor's size is."""
+"""No image is enlarged beyond this, even if the processor's size is larger."""
 
 AROUND, GLOBAL, TAG = "<fake_token_around_image>", "<global-img>", "<row_{}_col_{}>"
 

@@ -51,7 +51,7 @@ class InternVLPreprocessor(Preprocessor[InternVLMetadata]):
     ) -> Preprocessor[InternVLMetadata]:
         """Cut images unless an override says otherwise.
 
-        transformers' joint processor does so, whatever the image processor's file says.
+        transformers' joint processor does so, even where the image processor's file says otherwise.
         """
         return super().from_model(model_path, {"crop_to_patches": True, **(overrides or {})}, backend)
 

@@ -34,7 +34,7 @@ class LlavaOnevisionMetadata(LlavaNextMetadata, kw_only=True):
     """Metadata of a Llava-OneVision model.
 
     Attributes:
-        most_tiles: Features of an image's grid are limited to those of this many tiles.
+        most_tiles: An image's grid has at most as many features as this many tiles.
         mean: Mean colour, from 0 to 255 for each channel.
     """
 

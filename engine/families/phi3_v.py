@@ -232,7 +232,7 @@ HUB_NAMES = {
 
 @cache
 def classes() -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
-    """Build the configuration's and the model's class from those of transformers, when they are first needed."""
+    """Derive the classes of configuration and model from transformers' Phi-3 classes, when they are first needed."""
     import torch
     from transformers import CLIPVisionConfig, CLIPVisionModel, Phi3Config, Phi3ForCausalLM
 

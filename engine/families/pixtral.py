@@ -82,7 +82,7 @@ class PixtralPreprocessor(Preprocessor[PixtralMetadata]):
         }
 
     def reference(self, image: Image, variant: int = 0) -> Arrays:
-        # As in the joint processor, patch_size is that of a whole token, not the image processor's own.
+        # As in the joint processor, patch_size is the size of a whole token, not the image processor's own.
         out = self._processor(images=image, patch_size=self.metadata.unit, return_tensors="np")
         return {name: np.asarray(out[name][0]) for name in self.tensor_names}
 
@@ -90,7 +90,7 @@ class PixtralPreprocessor(Preprocessor[PixtralMetadata]):
         """Rows and columns of tokens.
 
         An image that is too large is shrunk. Others are only enlarged to complete their last row and column.
-        Rounding is that of transformers' `get_resize_output_image_size`.
+        It rounds as transformers' `get_resize_output_image_size` does.
 
         Raises:
             RequestRejected: Nothing would be left of the image.

@@ -53,7 +53,7 @@ class Layout:
 
     @classmethod
     def marked(cls, token_ids: list[int], image_token_id: int) -> Layout:
-        """Return the layout of tokens of which only the image tokens take encoder rows."""
+        """Return a layout in which only the image tokens take encoder rows."""
         return cls(token_ids, [token == image_token_id for token in token_ids])
 
 
@@ -246,7 +246,7 @@ class Preprocessor(ABC, Generic[F]):
 
     @property
     def forbidden_token_ids(self) -> Sequence[int]:
-        """Tokens that a completion may never contain, whatever its grammar allows."""
+        """Tokens that a completion may never contain, even if its grammar allows them."""
         return [self.metadata.image_token_id]
 
     @property
@@ -270,7 +270,7 @@ class Preprocessor(ABC, Generic[F]):
         """
 
     def around(self, num_images: int) -> tuple[list[int], list[int]]:
-        """Return tokens before and after those of a prompt's text, for families whose images are not part of the text.
+        """Return the tokens before and after a prompt's text, for families whose images are not part of the text.
 
         Then nothing is written for images in the text, and the tokenizer adds no tokens. The first token
         returned is the image token.
@@ -338,7 +338,7 @@ FF = TypeVar("FF", bound=FixedMetadata)
 
 
 class FixedPreprocessor(Preprocessor[FF]):
-    """Preprocessor of families in which every image becomes the same number of tokens, whatever its size."""
+    """Preprocessor of families in which images of every size become the same number of tokens."""
 
     def layout(self, width: int, height: int, variant: int = 0) -> Layout:
         return Layout([self.metadata.image_token_id] * self.metadata.num_tokens)

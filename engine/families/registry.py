@@ -33,7 +33,7 @@ _VISION = {
 
 
 def kind_of(config: PretrainedConfig) -> str:
-    """Return config.json's model_type, with that of the vision tower where the family depends on it."""
+    """Return config.json's model_type, with the vision tower's model_type where the family depends on it."""
     kind = f"{config.model_type}/{getattr(getattr(config, 'vision_config', None), 'model_type', None)}"
     return kind if kind in _VISION else str(config.model_type)
 

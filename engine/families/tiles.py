@@ -90,7 +90,7 @@ def fitted(height: int, width: int, target: Size) -> Size:
 def without_padding(height: int, width: int, grid: Size) -> Size:
     """Return the rows and columns of a grid of features that show the image, which was fitted into it and centred.
 
-    Rounding is that of transformers' `unpad_image`: a different rounding would give another number of tokens.
+    It rounds as transformers' `unpad_image` does; a different rounding would give another number of tokens.
     """
     rows, columns = grid
     if width / height > columns / rows:
