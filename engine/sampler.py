@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from engine.messages import Logprobs
-from engine.sampling_state import Ids, SamplingState, Weights
+from engine.repetition import Ids, Weights
+from engine.sampling_state import SamplingState
 from engine.warping import SMALLEST_TEMPERATURE, keep_likeliest, keep_typical, surprises, warp
 
 INVALID = -1

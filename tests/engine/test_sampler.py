@@ -22,9 +22,10 @@ from transformers import (
 )
 
 from engine.messages import Logprobs
+from engine.repetition import TokenCounts
 from engine.sampler import Sampler, masses, pick, prompt_logprobs
 from engine.sampling_params import SamplingParams
-from engine.sampling_state import SamplingState, TokenCounts, mix64, uniform
+from engine.sampling_state import SamplingState, mix64, uniform
 from engine.warping import keep_likeliest, keep_typical
 
 CPU = torch.device("cpu")

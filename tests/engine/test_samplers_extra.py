@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from transformers import NoRepeatNGramLogitsProcessor
 
 from engine.messages import Add
+from engine.repetition import Repetition
 from engine.sampler import Sampler
 from engine.sampling_params import RANGES, SAMPLERS
-from engine.sampling_state import _OTHER_STREAM, Repetition, SamplingState, mix64, uniform
+from engine.sampling_state import _OTHER_STREAM, SamplingState, mix64, uniform
 from engine.warping import warp
 from handlers.backends.vllm.sampling import KEY, NEUTRAL, PROCESSOR, Carried, Samplers, offer, to_vllm
 from handlers.errors import InvalidRequest
