@@ -84,7 +84,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=Tr
 
     A protocol has already answered a client's bad value with a 4xx; `validate` is the engine's own check.
     `temperature == 0` is greedy and ignores top_k, top_p, min_p, typical_p and seed. The fields from `top_a`
-    on are Aphrodite's; for their formulas see `engine.warping` and `engine.sampling_state` (DRY, n-grams).
+    on are Aphrodite's; for their formulas see `engine.warping` and `engine.repetition`.
 
     Attributes:
         max_tokens: Greatest number of tokens to generate; None means up to the end of the context.
