@@ -50,7 +50,7 @@ _STANDARDS = {
     ("CUSTOM_FASTAPI_MIDDLEWARE_PRE_POST_PROCESS", "CUSTOM_PRE_PROCESS", "CUSTOM_POST_PROCESS"),
     "model.py may have formatters of djl_python, which change requests and replies",
 )
-"""Variables of the package that AWS's vLLM and SGLang images follow, and what takes the place of what they name."""
+"""Variables that AWS's vLLM and SGLang images read (`model-hosting-container-standards`), and what to use instead."""
 
 _PROGRAM = "a handler is model.py, beside the model or in code/, or the file that option.entryPoint names"
 
@@ -62,16 +62,14 @@ class Configuration:
     """What to serve and how.
 
     Attributes:
-        settings: The user's values, and defaults. A default of None or "auto" leaves the choice to the
-            backend.
+        settings: The user's values, and defaults. A default of None or "auto" leaves the choice to the backend.
         sources: Where each option's value comes from.
         warnings: What is doubtful.
         extra: `option.*` names that the schema does not know, without the prefix.
         model_location: The model to serve.
         home: Directory whose serving.properties, model.py and adapters/ are used; None if there is none.
-        recommended: Attribute -> value that the model's config.json suggests if nobody wrote one. These are
-            kept apart from `settings`, because a backend may go below what is recommended but not below what
-            was requested.
+        recommended: Attribute -> value from the model's config.json, where the user set none. It is not in `settings`,
+            because a backend may choose less than a recommended value but not less than a requested one.
         backend_options: Those unknown names that vLLM knows: its engine arguments.
         lmi_handler: LMI's own handler named by `option.entryPoint`; then the model's own code is not used.
         vllm_asked_by: Description of the setting of LMI that means vLLM's asynchronous engine.
@@ -114,7 +112,7 @@ class Configuration:
         if self.sources[name].level is not Level.DEFAULT:
             return self
         settings = self.settings.model_copy(update={name: value})
-        settings.model_fields_set.discard(name)  # nobody has written it
+        settings.model_fields_set.discard(name)  # the user has not set it
         return replace(self, settings=settings)
 
     def with_model_config(self, config: Mapping[str, Any]) -> Configuration:
@@ -132,11 +130,8 @@ class Configuration:
     def with_model_directory(self, directory: Path) -> Configuration:
         """Add what is known once the model has been downloaded to `directory`.
 
-        That is its config.json and, for a model from S3, its serving.properties (one from the hub is not
-        read, because its author is not the operator).
-
-        Raises:
-            ConfigurationError: As in `resolve`.
+        That is its config.json and, for a model from S3, its serving.properties. One from the hub is not read, because
+        its author is not the operator. Raises ConfigurationError, as `resolve` does.
         """
         configuration = self
         if self.model_location.kind == "s3" and (directory / FILE_NAME).is_file():
@@ -167,7 +162,7 @@ class Configuration:
         return assigned(key_of(name), shown, self.sources[name].location)
 
     def effective(self, name: str) -> Any:
-        """Return an option's value, or the recommended one if nobody wrote any."""
+        """Return an option's value, or the recommended one if the user set none."""
         return self.recommended.get(name, getattr(self.settings, name))
 
     def unhonoured(self, backend: BackendName) -> list[Problem]:
@@ -290,7 +285,7 @@ def _renamed(written: Iterable[RawValue], report: Report) -> Iterator[RawValue]:
 def _in_the_containers_order(
     written: list[RawValue], environ: Mapping[str, str], store: Path, report: Report
 ) -> list[RawValue]:
-    """AWS's vLLM and SGLang containers prefer the model in the store to that of HF_MODEL_ID."""
+    """Drop HF_MODEL_ID where AWS's vLLM and SGLang containers do: they prefer the model in the store."""
     models = [item for item in written if item.key == _MODEL_KEY]
     if not models or not any(name.startswith((VLLM_PREFIX, SGLANG_PREFIX)) for name in environ):
         return written
@@ -386,7 +381,7 @@ def _locate(result: Resolution, home: Path | None) -> ModelLocation | None:
 
 
 def _check_together(result: Resolution, home: Path | None) -> None:
-    """Check what only several values, or a value and the files, can show to be wrong."""
+    """Check values against each other and against the files."""
     settings, sources = result.settings, result.sources
     for name in RETIRED:
         if sources[name].level is not Level.DEFAULT:

@@ -1,7 +1,7 @@
 """Settings of LMI that mean something else here: names without effect, older names, and what LMI combines.
 
-LMI writes `rolling_batch=disable` in two senses. Alone, requests run one after the other; together with its
-asynchronous mode or an asynchronous handler, the engine batches by itself, so LMI's own queue must not.
+In LMI, `rolling_batch=disable` has two meanings. Alone, requests run one after the other. Together with LMI's
+asynchronous mode or an asynchronous handler, the engine batches by itself, so that LMI's own queue must not.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ class LmiHandler:
 
     Attributes:
         vllm: It runs vLLM.
-        asynchronous: It batches by itself, whatever rolling_batch says.
+        asynchronous: It batches by itself, even with rolling_batch=disable.
         note: Why something else serves instead.
         refused: Nothing here can replace it.
     """
@@ -279,23 +279,23 @@ def taken_together(values: Mapping[str, RawValue], ignored: Collection[RawValue]
     """Combine the settings that LMI combines. values: of each option. ignored: what has no effect alone."""
     meaning = Meaning(dict(values))
     module = _built_in(meaning, report)
-    cause = values["entry_point"] if module is not None and module.asynchronous else _switched_on(values)
+    switch = values.get("async_mode")
+    cause = switch if switch is not None and switch.raw.lower() in TRUE else None
+    if module is not None and module.asynchronous:
+        cause = values["entry_point"]
     if cause is not None and (module is None or module.vllm):
         meaning.asked_by = _described(cause)
     batching = values.get("rolling_batch")
     if batching is None or batching.raw != "disable":
         return meaning
-    size = _dynamic_batch(ignored)
-    if cause is not None:
-        meaning.values["rolling_batch"] = replace(
-            batching, raw="auto", location=f"{batching.location}, beside {_described(cause)}"
-        )
-    elif size is not None:
-        meaning.used = (size,)
-        meaning.values["rolling_batch"] = replace(
-            batching, raw="rolling", location=f"{batching.location}, beside {_described(size)}"
-        )
-        most = replace(size, key=key_of("max_rolling_batch_size"), raw=size.raw.strip(), name=size.key)
+    beside = cause or _dynamic_batch(ignored)
+    if beside is None:
+        return meaning
+    raw, location = "auto" if cause else "rolling", f"{batching.location}, beside {_described(beside)}"
+    meaning.values["rolling_batch"] = replace(batching, raw=raw, location=location)
+    if cause is None:
+        meaning.used = (beside,)
+        most = replace(beside, key=key_of("max_rolling_batch_size"), raw=beside.raw.strip(), name=beside.key)
         meaning.values.setdefault("max_rolling_batch_size", most)
     return meaning
 
@@ -325,11 +325,6 @@ def _built_in(meaning: Meaning, report: Report) -> LmiHandler | None:
         if module.note is not None:
             report.warn(f"{described} is deprecated: {module.note}", "entry_point")
     return module
-
-
-def _switched_on(values: Mapping[str, RawValue]) -> RawValue | None:
-    mode = values.get("async_mode")
-    return mode if mode is not None and mode.raw.lower() in TRUE else None
 
 
 def _dynamic_batch(ignored: Collection[RawValue]) -> RawValue | None:

@@ -23,7 +23,7 @@ OPTIONS = {name: option for name, _, option in options()}
 
 _BY_SPELLING = {key.removeprefix(PREFIX): key for key in KEYS}
 
-# A key that somebody wrote and nobody read would leave the server open.
+# An API key under a name that is not read would leave the server open.
 KEYS |= {PREFIX + name: name for name, option in OPTIONS.items() if option.server and option.secret}
 
 

@@ -1,4 +1,4 @@
-"""From what was written to one value per option: precedence, names, types, and everything that is wrong."""
+"""Resolves what the user wrote to one value per option: precedence, names, types, and everything that is wrong."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def _validate(meaning: Meaning, result: Resolution) -> None:
     result.sources = {
         name: _source(name, item)
         for name, item in chosen.items()
-        if name in bad or getattr(result.settings, name) is not None  # None: a word that means as if not written
+        if name in bad or getattr(result.settings, name) is not None  # None, as of auto, counts as not written
     }
 
 

@@ -1,4 +1,4 @@
-"""SageMaker's secure mode: what its platform forbids a container whose model comes from somebody else.
+"""SageMaker's secure mode: what its platform forbids a container whose model comes from a third party.
 
 The platform sets three variables: `SAGEMAKER_SECURE_MODE=true`, `SAGEMAKER_SECURITY_CONTROLS` (what is forbidden) and
 `SAGEMAKER_UNTRUSTED_CHANNELS` (the directories that hold the model's files). The names are those of LMI.
@@ -29,7 +29,7 @@ _TEMPLATES = "DISALLOW_CHAT_TEMPLATE"
 _KNOWN = (_REQUIREMENTS, _PICKLES, _REMOTE_CODE, _SCRIPTS, _TEMPLATES)
 
 _DRAFTING = frozenset({"method", "num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_max"})
-"""Fields of speculative_config that name nothing but how the prompt, the answer and the model's own files draft."""
+"""Fields of speculative_config that need no files but the model's own."""
 
 _PICKLE = re.compile(r".*\.(bin|pt|pth|ckpt|pkl)", re.IGNORECASE)
 _MOST_FILES = 100_000
@@ -49,12 +49,8 @@ class SecureMode:
     ) -> Iterator[Problem]:
         """Yield each option that is forbidden.
 
-        Args:
-            settings: The values.
-            sources: Where they come from.
-            extra: Names that are no options of this server's -> where they come from. They would reach vLLM, some of
-                whose arguments name code, so that all of them are forbidden, as in LMI.
-            handler: See `Configuration.lmi_handler`.
+        extra: Names that are no options of this server -> where they come from. They would reach vLLM, and some of its
+        arguments name code; so all are forbidden, as in LMI. handler: see `Configuration.lmi_handler`.
         """
         if not self.controls:
             return
@@ -103,7 +99,7 @@ class SecureMode:
                 return
             for name in sorted(names):
                 path = Path(folder, name)
-                # One is installed from wherever the entry point lies.
+                # It is forbidden in any folder: it is installed from the one that contains the entry point.
                 if _REQUIREMENTS in self.controls and name == "requirements.txt":
                     yield _file(path, _REQUIREMENTS)
                 if _PICKLES in self.controls and _PICKLE.fullmatch(name):
@@ -117,7 +113,7 @@ OPEN = SecureMode()
 
 
 def secure_mode(environ: Mapping[str, str], problems: list[Problem]) -> SecureMode:
-    """Read the platform's variables. What is wrong with them goes to `problems`: nothing is let pass for a typo."""
+    """Read the platform's variables. What is wrong with them goes to `problems`: a typo must not allow anything."""
     if environ.get(SECURE_MODE, "").strip().lower() != "true":
         return OPEN
     controls = _listed(environ.get(_CONTROLS, ""))
@@ -143,5 +139,5 @@ def _brings_template(path: Path) -> bool:
     try:
         entries = json.loads(path.read_bytes())
     except (OSError, ValueError):
-        return True  # What cannot be read cannot be let pass either.
+        return True  # a file that cannot be read is not allowed either
     return not isinstance(entries, dict) or "chat_template" in entries

@@ -1,8 +1,7 @@
 """Reads the places where options are written, AWS's vLLM and SGLang containers' variables included.
 
-Nothing is judged here except whether it can be read. A container's variable stands for a flag,
-`SM_VLLM_MAX_MODEL_LEN` for `--max-model-len`. vLLM's names are those of its command line, which are options
-here as well. SGLang's are translated where there is an option with the same meaning.
+Only what cannot be read is a problem here. A container's variable stands for a flag, `SM_VLLM_MAX_MODEL_LEN` for
+`--max-model-len`. vLLM's flags are options here as well; SGLang's are translated where an option means the same.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class RawValue:
         location: See `Source.location`.
         rank: Among values of one level, those with the lowest rank count.
         variable: The environment variable, if it has its own name.
-        name: What was written, if the key is that of another option for which it stands.
+        name: The name as written, if `key` is the option for which it stands.
     """
 
     level: Level
@@ -210,23 +209,25 @@ def read_containers(
 ) -> Iterator[RawValue]:
     """Read the variables as the containers do: "true" sets a switch, and "false" omits a flag that is not a switch.
 
-    backend_options: see `Configuration`. The backend takes those flags without effect that it knows.
+    backend_options: see `Configuration`. A flag without effect is passed on if the backend knows it.
     """
     for variable, text in environ.items():
-        flag = variable.removeprefix(VLLM_PREFIX).lower()
-        if not text.strip():
-            continue
-        if variable.startswith(SGLANG_PREFIX):
+        if text.strip() and variable.startswith(SGLANG_PREFIX):
             yield from _sglang(variable, text, report)
-        elif variable.startswith(VLLM_PREFIX) and flag in WITHOUT_EFFECT and flag not in backend_options:
-            report.warn(f"{variable} has no effect here: no answer depends on it")
-        elif variable.startswith(VLLM_PREFIX) and flag in VLLM_WITHOUT:
-            report.warn(f"{variable} has no effect here: {VLLM_WITHOUT[flag]}")
-        elif variable.startswith(VLLM_PREFIX):
-            positive = flag.removeprefix("no_")
-            if positive != flag and KEYS.get(key_from_command_line(flag)) is None:
-                flag, text = positive, "false" if text.strip().lower() in TRUE else ""
-            yield from _written(variable, key_from_command_line(SAME.get(flag, flag)), text)
+        elif text.strip() and variable.startswith(VLLM_PREFIX):
+            yield from _vllm(variable, text, report, backend_options)
+
+
+def _vllm(variable: str, text: str, report: Report, backend_options: Collection[str]) -> Iterator[RawValue]:
+    flag = variable.removeprefix(VLLM_PREFIX).lower()
+    unread = flag in WITHOUT_EFFECT and flag not in backend_options
+    if (reason := "no answer depends on it" if unread else VLLM_WITHOUT.get(flag)) is not None:
+        report.warn(f"{variable} has no effect here: {reason}")
+        return
+    positive = flag.removeprefix("no_")
+    if positive != flag and key_from_command_line(flag) not in KEYS:
+        flag, text = positive, "false" if text.strip().lower() in TRUE else ""
+    yield from _written(variable, key_from_command_line(SAME.get(flag, flag)), text)
 
 
 def _sglang(variable: str, text: str, report: Report) -> Iterator[RawValue]:

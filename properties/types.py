@@ -6,12 +6,12 @@ import ipaddress
 import json
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, MinLen
-from pydantic import AllowInfNan, BeforeValidator
+from pydantic import AllowInfNan, BeforeValidator, StringConstraints
 
 from properties.hosts import canonical_host
 
@@ -47,8 +47,8 @@ def _names(value: object) -> object:
     return [part.strip() for part in value.split(",") if part.strip()]
 
 
-def _each(read: Callable[[str], object]) -> Callable[[object], object]:
-    """Return what reads a list of names and refuses, as `read` does, those that mean nothing."""
+def _each(read: Callable[[str], object]) -> BeforeValidator:
+    """Read a list of names, and refuse those that `read` refuses."""
 
     def names(value: object) -> object:
         found = _names(value)
@@ -57,7 +57,7 @@ def _each(read: Callable[[str], object]) -> Callable[[object], object]:
                 read(name)
         return found
 
-    return names
+    return BeforeValidator(names)
 
 
 def _address(value: object) -> object:
@@ -78,7 +78,7 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 def _origin(name: str) -> None:
-    """Refuse what no browser sends, since an Origin header is compared character by character."""
+    """Refuse origins that no browser sends, since an Origin header is compared character by character."""
     if name in ("*", "null"):
         return
     found = _ORIGIN.fullmatch(name)
@@ -142,11 +142,8 @@ def _media(value: object) -> object:
     return value
 
 
-def _one_of(spellings: dict[str, str]) -> Callable[[object], object]:
-    def read(value: object) -> object:
-        return spellings.get(value.lower(), value) if isinstance(value, str) else value
-
-    return read
+def _one_of(spellings: dict[str, str]) -> BeforeValidator:
+    return BeforeValidator(lambda value: spellings.get(value.lower(), value) if isinstance(value, str) else value)
 
 
 _SUFFIXES = {
@@ -181,8 +178,13 @@ def _shape(value: object) -> object:
     return value
 
 
-def _lower(value: object) -> object:
-    return value.lower() if isinstance(value, str) else value
+def _refusing(words: Collection[str], reason: str) -> BeforeValidator:
+    def read(value: object) -> object:
+        if isinstance(value, str) and value.lower() in words:
+            raise ValueError(reason)
+        return value
+
+    return BeforeValidator(read)
 
 
 Count = Annotated[int, Ge(0), Allowed("a whole number from 0")]
@@ -206,7 +208,7 @@ Shape = Annotated[
     BeforeValidator(_shape),
     Allowed("images, channels, height and width, each from 1: 1,3,336,336"),
 ]
-Word = Annotated[str, BeforeValidator(_lower)]
+Word = Annotated[str, StringConstraints(to_lower=True)]
 """A name that a backend knows; all of these are written in lower case."""
 
 _DTYPES = {
@@ -215,17 +217,11 @@ _DTYPES = {
 }  # fmt: skip
 Dtype = Annotated[
     Literal["auto", "float32", "float16", "bfloat16"],
-    BeforeValidator(_one_of(_DTYPES)),
+    _one_of(_DTYPES),
     Allowed("auto, float32 (fp32), float16 (fp16), bfloat16 (bf16)"),
 ]
 _PIPELINES = ("image-text-to-text", "image-to-text", "visual-question-answering", "any-to-any")
 _NO_TEXT = ("text-embedding", "feature-extraction", "sentence-similarity", "classify", "text-classification", "score")
-
-
-def _task(value: object) -> object:
-    if isinstance(value, str) and value.lower() in _NO_TEXT:
-        raise ValueError("embeddings, classes and scores are not served")
-    return value
 
 
 _ENGINES = (
@@ -234,17 +230,14 @@ _ENGINES = (
 )  # fmt: skip
 
 
-def _engine(value: object) -> object:
-    if isinstance(value, str) and value.lower() in _ENGINES:
-        raise ValueError("an engine of DJL's for other kinds of models; this server generates text")
-    return value
-
-
-Engine = Annotated[Literal["Python"], BeforeValidator(_engine)]
+Engine = Annotated[
+    Literal["Python"],
+    _refusing(_ENGINES, "an engine of DJL's for other kinds of models; this server generates text"),
+]
 Task = Annotated[
     Literal["auto", "generate", "text-generation"],
-    BeforeValidator(_task),
-    BeforeValidator(_one_of(dict.fromkeys((*_PIPELINES, "text2text-generation", "conversational"), "generate"))),
+    _refusing(_NO_TEXT, "embeddings, classes and scores are not served"),
+    _one_of(dict.fromkeys((*_PIPELINES, "text2text-generation", "conversational"), "generate")),
     Allowed(f"auto, generate, text-generation and what means the same: {', '.join(_PIPELINES)}"),
 ]
 Limits = Annotated[
@@ -255,17 +248,17 @@ Limits = Annotated[
 Names = Annotated[list[str], BeforeValidator(_names), Allowed("a list: a,b or a JSON list")]
 Hosts = Annotated[
     list[str],
-    BeforeValidator(_each(canonical_host)),
+    _each(canonical_host),
     Allowed("a list of host names, without scheme, port or path: a,b or a JSON list"),
 ]
 Origins = Annotated[
     list[str],
-    BeforeValidator(_each(_origin)),
+    _each(_origin),
     Allowed("a list of origins such as https://app.example, without a path, or *: a,b or a JSON list"),
 ]
 Networks = Annotated[
     list[str],
-    BeforeValidator(_each(_network)),
+    _each(_network),
     Allowed("a list of host names, IP addresses and networks such as 10.0.0.0/8: a,b or a JSON list"),
 ]
 Devices = Annotated[

@@ -27,7 +27,7 @@ MOST_KNOWN_BYTES = 32 << 20
 """Limits of the cache of outcomes, refusals included; the most recently used ones are kept."""
 
 MOST_OUTCOME_BYTES = 64 << 20
-"""Limit for a reply: far more than a grammar with a bounded source can have."""
+"""Limit of a reply's size, far above that of any grammar, since the source of each is bounded."""
 
 _TOO_SLOW = Outcome(reason="compiling it took longer than", last=True)
 _DIED = Outcome(reason="it is too large or too deeply nested to compile", last=True)
@@ -40,12 +40,7 @@ class GrammarCompiler:
     """Compiles constraints; its processes start when they are first needed. Used on one event loop."""
 
     def __init__(self, vocabulary: Vocabulary, timeout: float) -> None:
-        """Create a compiler without processes.
-
-        Args:
-            vocabulary: The model's tokens.
-            timeout: Seconds for compiling a constraint.
-        """
+        """timeout: seconds for compiling a constraint."""
         self._vocabulary = vocabulary
         self._timeout = timeout
         self._known: OrderedDict[Job, Outcome] = OrderedDict()
@@ -60,8 +55,7 @@ class GrammarCompiler:
         """Return the grammar for the engine.
 
         Raises:
-            InvalidRequest: The constraint cannot be used; the message names the client's field and what is
-                wrong.
+            InvalidRequest: The constraint cannot be used; the message names the client's field and the reason.
             Overloaded: Too many constraints are waiting.
             Unavailable: No process can be started.
         """
@@ -97,7 +91,7 @@ class GrammarCompiler:
     def _done(self, job: Job, task: asyncio.Task[Outcome]) -> None:
         del self._running[job]
         if not task.cancelled():
-            task.exception()  # retrieved, so that it is not logged; those who wait get it anyway
+            task.exception()  # retrieved so that asyncio does not log it; the waiting requests get it
 
     async def _compile(self, job: Job) -> Outcome:
         async with self._slots:
@@ -155,7 +149,7 @@ class GrammarCompiler:
 
 
 class Worker:
-    """A process that compiles grammars. module: what it runs, `handlers.grammars.worker` or a double of it."""
+    """A process that compiles grammars. module: the module that it runs; tests replace it."""
 
     def __init__(self, module: str = "handlers.grammars.worker") -> None:
         self._module = module
@@ -194,10 +188,7 @@ class Worker:
         return msgspec.msgpack.decode(reply, type=Outcome)
 
     async def end(self) -> None:
-        """End the process.
-
-        It ends by itself when its connection closes, and is killed if it is working or does not end.
-        """
+        """End the process: it ends when its connection closes, and is killed if it is working or does not end."""
         if self._child is None:
             return
         if self._working:

@@ -9,7 +9,7 @@ _BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependen
 """Keywords whose value holds schemas under names chosen by the user."""
 
 _VALUES = ("enum", "const", "default", "examples")
-"""Keywords whose value is not a schema, whatever it looks like."""
+"""Keywords whose value is never a schema, even if it looks like one."""
 
 
 def subschemas(schema: object) -> Iterator[dict[str, Any]]:

@@ -14,13 +14,7 @@ class Job(msgspec.Struct, frozen=True):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """A grammar for `engine.guidance`, or the reason why there is none.
-
-    Attributes:
-        grammar: The grammar.
-        reason: Message for the client; None if there is a grammar.
-        last: The process ends now.
-    """
+    """A grammar for `engine.guidance`, or the reason, for the client, why there is none. last: the process ends now."""
 
     grammar: str = ""
     reason: str | None = None

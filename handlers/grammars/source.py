@@ -14,8 +14,8 @@ from engine.guidance import GrammarError
 from handlers.grammars.json_schema import subschemas
 
 WHITESPACE = r"(?: ?|\r?\n[ \t]{0,32})"
-"""White space between the tokens of JSON: a space, or a line end and its indentation, as JSON is usually
-written. It is bounded, because a confused model could write line ends for ever."""
+"""White space between the tokens of JSON: a space, or a line end and its indentation, as JSON is usually written. It is
+bounded, because a confused model could write line ends for ever."""
 
 _CHECKED_FORMATS = frozenset(
     {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
@@ -23,11 +23,7 @@ _CHECKED_FORMATS = frozenset(
 
 
 def grammar_of(kind: str, value: str | None, whitespace_pattern: str | None) -> str:
-    """Return the grammar for a constraint's fields (see `handlers.request.Constraint`).
-
-    Raises:
-        GrammarError: The constraint cannot be read.
-    """
+    """Return the grammar for a constraint's fields (see `handlers.request.Constraint`). Raises GrammarError."""
     try:
         if kind in ("json_object", "json_schema"):
             schema = {"type": "object"} if value is None else msgspec.json.decode(value)
@@ -41,15 +37,15 @@ def grammar_of(kind: str, value: str | None, whitespace_pattern: str | None) -> 
         return LLMatcher.grammar_from_lark(gbnf_to_lark(value) if "::=" in value else value)
     except GrammarError:
         raise
-    except Exception as error:  # the converters raise whatever the text makes them raise
+    except Exception as error:  # the converters document no exceptions
         raise GrammarError(f"it cannot be read: {error}") from error
 
 
 def _json(schema: Any, whitespace_pattern: str) -> str:
     """Translate a JSON schema.
 
-    Removed are keywords without effect: `uniqueItems: false`, and formats that JSON Schema allows to be
-    treated as comments; and llguidance's own options, which could make the output something other than JSON.
+    Keywords without effect are removed: `uniqueItems: false`, and formats that may be treated as comments. So are
+    llguidance's own options, with which the output might not be JSON.
     """
     for node in subschemas(schema):
         exact_numbers(node)
@@ -69,10 +65,9 @@ def _json(schema: Any, whitespace_pattern: str) -> str:
 
 @cache
 def _white_space_repeats() -> bool:
-    """Whether this llguidance lets white space follow itself, so that no pattern bounds it.
+    """Whether this llguidance repeats the white-space pattern, so that it bounds nothing.
 
-    That is so in the versions that vLLM requires. Then white space is only allowed after colons and commas,
-    as a part of them.
+    The versions that vLLM requires do. White space is then allowed only after colons and commas, as a part of them.
     """
     grammar = LLMatcher.grammar_from_json_schema(
         '{"type": "array", "minItems": 1}', overrides={"whitespace_pattern": " ?"}
@@ -96,11 +91,8 @@ _LEAST, _MOST = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
 def exact_numbers(schema: dict[str, Any]) -> None:
     """Correct numbers that llguidance, which stores them in double precision, would change.
 
-    A bound that is not a double is moved inwards to the next one, so that whatever respects it respects the
-    schema. Only this schema is considered, not those inside it.
-
-    Raises:
-        GrammarError: A value cannot be represented exactly.
+    A bound that is not a double is moved inwards to the next one, so that the output still respects the schema. Only
+    this schema is considered, not those inside it. Raises GrammarError if a value cannot be represented exactly.
     """
     for key in _LEAST:
         if _is_large(schema.get(key)):

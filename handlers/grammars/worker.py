@@ -1,11 +1,9 @@
 """The process that compiles clients' grammars for the first time: `python -m handlers.grammars.worker`.
 
-A grammar may be made to compile for minutes, to fill the memory, or to overflow the compiler's stack, and
-nothing of this can be ended inside a process that others need. This process can be killed, and a grammar that
-it survives can be compiled by the engine too.
+A client can write a grammar that compiles for minutes, fills the memory or overflows the compiler's stack. This process
+can be killed meanwhile; a grammar that it survives is compiled by the engine, too.
 
-It receives the `Vocabulary`, then `Job`s. It sends an empty message when it is ready, then an `Outcome` for
-each job.
+It receives the `Vocabulary`, then `Job`s. It sends an empty message when it is ready, then an `Outcome` for each job.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ TRIAL_STEPS = 16
 TRIAL_SEED = 20240717
 
 STEP_SECONDS = 0.25
-"""Greatest processor time for computing which tokens may come next. A thousandth of it is usual."""
+"""Greatest processor time for computing which tokens may come next; it usually takes a thousandth of this."""
 
 
 def compiled(job: Job, guidance: Guidance) -> Outcome:
@@ -97,7 +95,7 @@ def _discard_output() -> None:
 def _limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if data := data_bytes():
-        # not the address space, of which the allocator reserves far more for each thread than it uses
+        # The address space is not limited: the allocator reserves far more of it for each thread than it uses.
         limit = data + MEMORY_BYTES
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 

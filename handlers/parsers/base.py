@@ -1,7 +1,7 @@
 """The pieces of a chat reply, and the interface of the small parsers that find them in a model's text as it arrives.
 
-A parser never loses text: what is neither a call nor reasoning is returned as content, in order. The same
-text gives the same pieces wherever it is cut, once adjacent pieces of one kind are joined.
+A parser never loses text: text that is neither a call nor reasoning is returned as content, in order. Wherever a text
+is cut, it gives the same pieces, once adjacent pieces of one kind are joined.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Parser(Protocol):
         """Parse more text. token_ids: its tokens, for parsers that depend on them."""
 
     def finish(self) -> list[Piece]:
-        """Return what was held back when the completion ended. A call that is cut short by the end stays as it is."""
+        """Return what was held back. A call that the end of the completion cuts short stays incomplete."""
 
 
 @runtime_checkable
@@ -165,8 +165,8 @@ SPACE = " \t\r\n"
 class Pieces:
     """Collects what a parser finds.
 
-    White space right before and after calls is framing. At the beginning of the completion and after a call
-    it is held back until text follows, and dropped if a call or the end follows.
+    White space next to calls only separates them. At the beginning of the completion and after a call it is held back
+    until text follows, and dropped if a call or the end follows.
     """
 
     def __init__(self, call_id: Callable[[], str]) -> None:
@@ -215,7 +215,7 @@ class Pieces:
         self._after_call = True
 
     def mark_ended(self) -> None:
-        """Handle the end of a mark that closes calls: white space before it is framing."""
+        """Handle the end of a mark that closes calls: white space before it is dropped."""
         if self._blank is not None and self._after_call:
             self._blank.clear()
 
@@ -272,7 +272,7 @@ class CallReader(Protocol):
 
 
 class Machine:
-    """Runs the states; the text before the position that they reach is never looked at again."""
+    """Runs the states. Text before the position that they have reached is never looked at again."""
 
     _call: CallReader
 

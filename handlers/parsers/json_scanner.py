@@ -39,9 +39,8 @@ def skip_space(text: str, at: int) -> int:
 class JsonScanner:
     """Follows one value, without leading white space, through successive texts.
 
-    It takes time proportional to the text and, in addition to what it returns, memory proportional to the
-    depth. A number at the top level ends with the character after it. Control characters inside strings,
-    which models often write and JSON does not allow, are escaped.
+    Its time grows with the text, its memory only with the depth. A number at the top level ends with the character
+    after it. Control characters inside strings, which models often write and JSON does not allow, are escaped.
 
     Attributes:
         done: The value is complete.

@@ -40,8 +40,8 @@ class _Open:
 class PythonCall:
     """A `CallReader` of one call with literal keyword arguments, f(a=1, b="x"), which it writes as JSON.
 
-    Strings have one pair of quotes and no prefix; lists, tuples and dicts with strings as keys may be nested.
-    Anything else is not a call: `broken` is set then.
+    Strings have one pair of quotes and no prefix; lists, tuples and dicts with strings as keys may be nested. Anything
+    else breaks the call.
     """
 
     def __init__(self, pieces: Pieces, names: Container[str]) -> None:

@@ -20,9 +20,9 @@ class ThinkParser:
         Args:
             opening: Opening tag.
             closing: Closing tag.
-            begins: Whether the completion begins with reasoning, whose opening tag is then optional; with
-                content; or with either, depending on the opening tag.
-            interrupt: A mark that also ends reasoning and belongs to what follows; "" for none.
+            begins: What the completion begins with: reasoning, whose opening tag is then optional; content; or, if
+                "tagged", reasoning only after the opening tag.
+            interrupt: A mark that also ends reasoning and belongs to the text after it; "" for none.
         """
         self._opening, self._closing, self._interrupt = opening, closing, interrupt
         self._begins = begins
@@ -93,10 +93,9 @@ class ThinkParser:
 
 
 class ReasoningThenCalls:
-    """Looks for calls in what is not reasoning.
+    """Looks for calls in the text that is not reasoning.
 
-    The second parser gets no token ids, because those of a delta are not those of the part that the first one
-    passes on.
+    The second parser gets no token ids: the first one may pass on only a part of a delta.
     """
 
     def __init__(self, reasoning: Parser, calls: Parser) -> None:
@@ -125,7 +124,7 @@ class ReasoningThenCalls:
 
 
 def in_prompt(asked: ParserContext, opening: str, closing: str) -> Begins | None:
-    """Return what the chat template has begun for the model; None if it has begun nothing, or is unknown."""
+    """Return what the prompt's end makes the completion begin with; None if the prompt shows no tag, or is unknown."""
     end = asked.prompt_text[-200:].rstrip()
     if end.endswith(opening):
         return "reasoning"

@@ -61,17 +61,17 @@ TOOL_FORMATS = {
 
 
 def required_parser(call_id: Callable[[], str]) -> Parser:
-    """Make a parser for a completion that a schema makes an array of {"name", "parameters"}."""
+    """Make a parser for a completion whose schema is an array of {"name", "parameters"}."""
     return CallArray(Pieces(call_id))
 
 
 def named_parser(name: str, call_id: Callable[[], str]) -> Parser:
-    """Make a parser for a completion that a schema makes the arguments of one call."""
+    """Make a parser for a completion whose schema is that of one call's arguments."""
     return OnlyArguments(Pieces(call_id), name)
 
 
 def _tags(begins: Begins, opening: str = "<think>", closing: str = "</think>") -> ReasoningFormat:
-    """begins: how a completion begins of which the prompt has opened and closed no reasoning (see `ThinkParser`)."""
+    """begins: how a completion begins if the prompt ends with no tag (see `ThinkParser`)."""
 
     def parser(asked: ParserContext) -> Parser:
         return ThinkParser(opening, closing, in_prompt(asked, opening, closing) or begins)
@@ -80,10 +80,9 @@ def _tags(begins: Begins, opening: str = "<think>", closing: str = "</think>") -
 
 
 def _switched(variables: tuple[str, ...], default: bool, *, interrupt: str = "") -> ReasoningFormat:
-    """A variable of the chat template, set by the client, decides whether to reason.
+    """Reasoning that a variable of the chat template, set by the client, switches on or off.
 
-    If the prompt shows no opening tag, a reasoning model writes it itself; if the prompt is unknown, it may
-    have contained the tag.
+    If the prompt shows no opening tag, the model writes it itself. An unknown prompt may have contained the tag.
     """
 
     def parser(asked: ParserContext) -> Parser:
@@ -128,7 +127,7 @@ def answer_formats(tools: str | None = None, auto: bool = False, reasoning: str 
 
 
 VLLM_PARSER = "vllm:"
-"""Selects vLLM's parser where both have one of that name."""
+"""Before a parser's name: vLLM's parser, even if we have one of that name."""
 
 
 def of_vllm(name: str | None, ours: Collection[str]) -> str | None:

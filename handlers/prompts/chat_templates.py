@@ -1,4 +1,4 @@
-"""A model's chat templates: the files that contain them, which one a request gets, and what their source tells."""
+"""A model's chat templates: the files that contain them, which one a request gets, and what their source shows."""
 
 from __future__ import annotations
 
@@ -86,13 +86,13 @@ class _Entry(msgspec.Struct):
 
 
 def read_chat_templates(setting: str | None, path: Path, otherwise: object = None) -> ChatTemplates:
-    """Return the templates that a model is served with. It reads a few small files.
+    """Return the templates with which a model is served. It reads a few small files.
 
     Args:
         setting: `option.chat_template`: the name of one of the model's templates, a file (absolute, or in the model's
             directory), or a template's text. The last two replace all of the model's own.
         path: The model's directory.
-        otherwise: What the code for the model's tokenizer or family has, for a model whose files contain none.
+        otherwise: The template in the code for the model's tokenizer or family, if the model's files contain none.
 
     Raises:
         ModelLoadError: The setting is none of these, or a file cannot be read.
@@ -117,8 +117,8 @@ def read_chat_templates(setting: str | None, path: Path, otherwise: object = Non
 def _of_model(path: Path, otherwise: object) -> ChatTemplates:
     """Return the templates that transformers finds; vLLM's rule chooses between the processor's and the tokenizer's.
 
-    Without tools the processor's default takes precedence, as images need it; with tools the tokenizer's templates do,
-    as a processor has no template for them. Of the tokenizer, separate files win over the entry in its configuration.
+    Without tools, the processor's default takes precedence, since images need it; with tools, the tokenizer's templates
+    do, since a processor has none for tools. The tokenizer's separate files win over the entry in its configuration.
     """
     tokenizer = _files(path) or _entry(path, "tokenizer_config.json") or _named(otherwise, "the code for the model")
     has_processor = any((path / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
@@ -132,10 +132,7 @@ def _of_model(path: Path, otherwise: object) -> ChatTemplates:
 
 
 def _processors(path: Path) -> dict[str, Template]:
-    """Return the processor's templates.
-
-    The entry in processor_config.json wins over files, and the older chat_template.json over the newer files.
-    """
+    """The entry in processor_config.json wins over files, and the older chat_template.json over the newer files."""
     own = _entry(path, "processor_config.json")
     return own or {**_files(path), **_entry(path, "chat_template.json")}
 

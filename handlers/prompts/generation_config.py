@@ -50,15 +50,15 @@ _UNREAD = (
     "exponential_decay_length_penalty", "guidance_scale", "watermarking_config", "forced_bos_token_id",
     "forced_eos_token_id", "diversity_penalty", "force_words_ids", "constraints", "max_time", "renormalize_logits",
 )  # fmt: skip
-"""Fields that change what transformers' `generate` answers, and neither vLLM's server nor this one."""
+"""Fields that change the answers of transformers' `generate`, but not those of vLLM's server or of this one."""
 
 
 def read_default_sampling(generation: dict[str, Any]) -> dict[str, float | int]:
     """Return the defaults in generation_config.json, by the names of SamplingParams, for requests that do not set them.
 
     `do_sample: false` is greedy. Values that are out of range or have no effect here are left out with a warning. The
-    other fields are about ends of sequences (see `read_eos_token_ids`), the total length (`max_length`, which as in
-    vLLM is the context's), beam search, caches, speed, and the shape of what `generate` returns.
+    other fields are about ends of sequences (see `read_eos_token_ids`), the total length (`max_length`; as in vLLM, the
+    context's length counts instead), beam search, caches, speed, and the shape of `generate`'s result.
     """
     found: dict[str, float | int] = {}
     for field, name in _DEFAULTS.items():
@@ -68,7 +68,7 @@ def read_default_sampling(generation: dict[str, Any]) -> dict[str, float | int]:
         if name in ("top_k", "max_tokens") and isinstance(value, float) and value.is_integer():
             value = int(value)
         if name == "max_tokens" and isinstance(value, int) and value > MAX_INTEGER:
-            continue  # more than any context: to its end, which is what None means
+            continue  # more than any context: the same as no limit
         if _allowed(name, value):
             found[name] = value
         else:
@@ -81,7 +81,7 @@ def read_default_sampling(generation: dict[str, Any]) -> dict[str, float | int]:
 
 
 def _changes(field: str, value: object) -> bool:
-    """Token ids and switches are never neutral, but for false; of the others, 0 or 1 is what `generate` does anyway."""
+    """Forced tokens, `true` and a time limit always change something; other values do unless they are 0 or 1."""
     if field.startswith("forced_") or value is True or field == "max_time":
         return value not in (None, [])
     return value not in (None, 0, 1, [], {})

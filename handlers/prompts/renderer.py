@@ -223,22 +223,17 @@ class PromptRenderer:
 
     def _message(self, message: Message, hidden: Hidden, parts: bool, strings: bool) -> dict[str, Any]:
         turn: dict[str, Any] = {"role": message.role}
+        contents = [hidden.text(p.text, alone=True) if isinstance(p, TextPart) else None for p in message.parts]
+        texts = [text for text in contents if text is not None]
         if not parts:
-            turn["content"] = "\n".join(
-                hidden.text(part.text, alone=True) if isinstance(part, TextPart) else self.placeholder or ""
-                for part in message.parts
-            )
-        elif message.role == "tool" and all(isinstance(part, TextPart) for part in message.parts):
-            texts = [hidden.text(p.text, alone=True) for p in message.parts if isinstance(p, TextPart)]
+            turn["content"] = "\n".join((self.placeholder or "") if text is None else text for text in contents)
+        elif message.role == "tool" and len(texts) == len(contents):
             turn["content"] = _Result("\n".join(texts))
         elif strings and _is_plain(message):
-            turn["content"] = "".join(hidden.text(p.text, alone=True) for p in message.parts if isinstance(p, TextPart))
+            turn["content"] = "".join(texts)
         else:
             turn["content"] = [
-                {"type": "text", "text": hidden.text(part.text, alone=True)}
-                if isinstance(part, TextPart)
-                else {"type": "image"}
-                for part in message.parts
+                {"type": "image"} if text is None else {"type": "text", "text": text} for text in contents
             ]
         if message.name is not None:
             turn["name"] = hidden.text(message.name, alone=True)

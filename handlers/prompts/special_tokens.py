@@ -1,9 +1,8 @@
 """Client text stays text: control tokens that a client typed are never read as control tokens.
 
-A tokenizer finds its special tokens anywhere in a prompt, including in what a user wrote. So the client's text is
-searched first: each occurrence of a control token, and each end of a text that could complete one together with its
-neighbours, is replaced by a mark (`Hidden`). The template is rendered with the marks in place; then every control token
-that is still visible was printed by the template, and the rest is text.
+A tokenizer finds its special tokens anywhere in a prompt, also in the user's text. So the client's text is searched
+first. Each control token in it, and each end of a text that could form one together with its neighbours, is replaced by
+a mark (`Hidden`). Then the template is rendered: each control token that is still visible was printed by the template.
 """
 
 from __future__ import annotations
@@ -193,8 +192,8 @@ class LiteralEncoding:
 class LiteralEncoder:
     """Encodes text in which only chosen control tokens count, exactly as the tokenizer would encode the rest.
 
-    It is a copy of the tokenizer that reads no control token at all. A control token that counts is written
-    as an anchor, an added token with the same white-space rules, and gets its own id after encoding.
+    It uses a copy of the tokenizer that reads no control token at all. A control token that counts is written as an
+    anchor, which is an added token with the same white-space rules, and gets its own id after encoding.
     """
 
     def __init__(self, backend: Tokenizer, control: ControlTokens) -> None:
@@ -267,8 +266,7 @@ class LiteralEncoder:
     ) -> tuple[list[int], list[int]]:
         """Replace anchors by their tokens, and spell out control tokens that plain text happened to become.
 
-        Returns:
-            The ids, and for each the number of the token that it came from.
+        Returns the ids, and for each the number of the token that it came from.
         """
         result: list[int] = []
         sources: list[int] = []
@@ -290,6 +288,6 @@ class LiteralEncoder:
 
 
 def _unknown_ids(model: dict[str, Any], vocabulary: dict[str, int]) -> set[int]:
-    """Return the ids that mean "unknown", which ordinary text may get: given by name, by Unigram models by number."""
+    """Return the ids that mean "unknown", which ordinary text may get. Unigram models give a number, others a name."""
     ids = {vocabulary[token] for token in [model.get("unk_token")] if token in vocabulary}
     return ids | {model["unk_id"]} if model.get("unk_id") is not None else ids

@@ -1,6 +1,6 @@
-"""The tokenizer of a model: how it is loaded, what others must know of its vocabulary, and text from its tokens.
+"""The tokenizer of a model: loading it, its vocabulary for the engine, and text from its tokens as they arrive.
 
-Text is made as tokens arrive: whole characters only, with stop strings found across tokens.
+Text is passed on in whole characters only, and stop strings are found across tokens.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool) -> Any:
     format: dict[str, Any] = {} if theirs is None else {"mistral_format": False}
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **format)
-    except Exception as error:  # a damaged file raises whatever the code stumbles over
+    except Exception as error:  # a damaged file may raise anything
         file = _damaged_file(Path(path))
         where = f" from {file}, which is damaged (fetch it again)" if file else ""
         raise ModelLoadError(f"the tokenizer cannot be loaded{where}: {one_line(error)}") from error
@@ -60,7 +60,7 @@ def _damaged_file(folder: Path) -> str | None:
 def vocabulary_of(
     tokenizer: PreTrainedTokenizerFast, size: int, eos_token_ids: tuple[int, ...], forbidden: tuple[int, ...] = ()
 ) -> Vocabulary:
-    """Return what the engine must know of a vocabulary. size: number of logits. forbidden: tokens never generated."""
+    """Return the vocabulary for the engine. size: number of logits. forbidden: tokens that are never generated."""
     backend = copy.copy(tokenizer.backend_tokenizer)
     backend.no_padding()
     backend.no_truncation()
@@ -88,10 +88,7 @@ MOST_TEXTLESS = 16
 
 
 class Detokenizer:
-    """The text of one answer.
-
-    Text that may be the beginning of a stop string is held back until that is decided.
-    """
+    """The text of one answer. Text that may be the beginning of a stop string is held back until that is decided."""
 
     def __init__(
         self,
@@ -108,7 +105,7 @@ class Detokenizer:
         """Begin an answer.
 
         Args:
-            tokenizer: The model's.
+            tokenizer: The model's tokenizer.
             stop: Strings that end the answer.
             include_stop: Whether the text includes the stop string.
             min_tokens: A stop string that is complete within this many tokens does not count.
@@ -222,9 +219,9 @@ class Detokenizer:
     def _primed(self, token_ids: list[int], *, continues: bool) -> DecodeStream:
         """Return a stream of the text that follows these tokens, without theirs.
 
-        A stream would show them, too, if their text ended within a character: so it gets fewer of them, and what it
-        makes of the rest is removed. If they begin within a character, some tokenizers lose all bytes that follow: so
-        the first is left out. continues: whether a character that they begin may be completed.
+        If their text ends within a character, the stream would show them, too: so it gets fewer of them, and the text
+        of the rest is removed. If they begin within a character, some tokenizers lose all bytes that follow: so the
+        first ones are left out. continues: whether a character that they begin may be completed.
         """
         for last in range(len(token_ids), 0, -1):
             for first in range(min(LONGEST_CHARACTER, last)):
@@ -269,7 +266,7 @@ class Detokenizer:
 
 
 class TokenTexts:
-    """The texts of single tokens, remembered, and what makes the texts of answers; shared by all requests.
+    """The texts of single tokens, cached, and detokenizers for answers; shared by all requests.
 
     skipped: texts of all tokens that `skip_special_tokens` skips.
     """
@@ -282,7 +279,6 @@ class TokenTexts:
         self._texts: dict[int, str] = {}
 
     def __call__(self, token_id: int) -> str:
-        """Return the text of one token."""
         text = self._texts.get(token_id)
         if text is None:
             text = str(self._backend.decode([token_id], skip_special_tokens=False))
