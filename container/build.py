@@ -7,8 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from container.state import Answers
+from handlers.backends.backend import Starting
 from handlers.backends.base import Lifecycle
 from handlers.backends.select import Choice
 from handlers.build import build_engine, build_part, choose_backend
@@ -26,7 +28,7 @@ from properties.configuration import Configuration
 logger = logging.getLogger(__name__)
 
 
-ServiceMaker = Callable[[Configuration, ImageLoader, Observer, Formatters | None], Answers]
+ServiceMaker = Callable[[Any, Configuration, ImageLoader, Observer, Formatters | None], Answers]
 """Makes the service that answers requests with a loaded backend and, if there are any, loaded formatters."""
 
 
@@ -35,23 +37,23 @@ class Served:
     """What serves a model.
 
     Attributes:
-        backend: Not loaded at first.
-        service: Makes what answers requests, once the backend is loaded; None if another machine answers them.
+        start: Returns the backend, loaded.
+        service: Makes what answers requests with it; None if another machine answers them.
         choice: The backend and why it serves; None if the model's own code answers.
     """
 
-    backend: Lifecycle
+    start: Starting[Lifecycle]
     service: ServiceMaker | None
     choice: Choice | None = None
 
     @classmethod
-    def by(cls, engine: Lifecycle, pipeline: Callable[[], Pipeline], choice: Choice | None = None) -> Served:
+    def by(cls, start: Starting[Any], pipeline: Callable[[Any], Pipeline], choice: Choice | None = None) -> Served:
         """Return an engine that answers requests on this machine. pipeline: puts a pipeline in front of it."""
-        return cls(engine, partial(_service, pipeline), choice)
+        return cls(start, partial(_service, pipeline), choice)
 
 
 def build_backend(configuration: Configuration, model_path: Path) -> Served:
-    """Return the model's own handler if it has one, or else an engine; neither is loaded yet.
+    """Return the model's own handler if it has one, or else an engine; neither is started yet.
 
     It is slow, because it imports what it needs; call it in a thread.
 
@@ -74,12 +76,17 @@ def build_backend(configuration: Configuration, model_path: Path) -> Served:
         part = build_part(configuration, model_path, choice)
         if part is not None:
             return Served(part, None)
-        engine = build_engine(configuration, model_path, choice)
         seconds = configuration.settings.guided_decoding_timeout
-        return Served.by(engine, lambda: Pipeline(engine, seconds), choice)
+        start_engine = build_engine(configuration, model_path, choice)
+        return Served.by(start_engine, lambda engine: Pipeline(engine, seconds), choice)
     logger.warning("%s of the model answers requests; no engine is started", own.file)
     backend = CustomBackend.from_configuration(configuration, model_path, own)
-    return Served(backend, partial(_custom_service, backend))
+
+    async def start() -> CustomBackend:
+        await backend.load()
+        return backend
+
+    return Served(start, _custom_service)
 
 
 def build_formatters(configuration: Configuration, model_path: Path) -> Formatters | None:
@@ -103,13 +110,14 @@ def _custom_service(
 
 
 def _service(
-    make_pipeline: Callable[[], Pipeline],
+    make_pipeline: Callable[[Any], Pipeline],
+    engine: Any,
     configuration: Configuration,
     images: ImageLoader,
     observer: Observer,
     formatters: Formatters | None,
 ) -> Answers:
-    settings, pipeline = configuration.settings, make_pipeline()
+    settings, pipeline = configuration.settings, make_pipeline(engine)
     return Service(
         pipeline,
         images,

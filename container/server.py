@@ -34,7 +34,7 @@ from container.state import ServerState
 from handlers.artefacts import ArtefactError
 from handlers.artefacts.fetch import fetch
 from handlers.backends.base import Lifecycle
-from handlers.build import build_images
+from handlers.build import build_images, with_model_directory
 from handlers.custom.formatters import Formatters
 from handlers.errors import ServingError
 from handlers.images.loader import ImageLoader
@@ -213,25 +213,22 @@ class Server:
         except ArtefactError as error:
             raise LoadFailed(str(error)) from error
         current().begin("")
-        configuration = self.configuration.with_model_directory(directory)
-        for problem in configuration.warnings:
-            if problem not in self.configuration.warnings:
-                logger.warning("%s", problem)
-        self.configuration = configuration
+        self.configuration = configuration = with_model_directory(self.configuration, directory)
         self._app.configure(configuration)
         if (file := requirements_to_install(configuration, directory)) is not None:
             self.state.reason = "requirements.txt is being installed"
             self._installed = await install(file, configuration.settings.offline)
         self.state.reason = "the model is loading"
         served = await in_daemon_thread(lambda: self._build(configuration, directory))
-        self._backend = backend = served.backend
         self._formatters = formatters = await in_daemon_thread(lambda: build_formatters(configuration, directory))
         if formatters is not None:
             await formatters.load()
-        await backend.load()
+        self._backend = backend = await served.start()
         self._images = self.metrics.images = build_images(configuration.settings)
         service = (
-            None if served.service is None else served.service(configuration, self._images, self.metrics, formatters)
+            None
+            if served.service is None
+            else served.service(backend, configuration, self._images, self.metrics, formatters)
         )
         await words
         gc.collect()

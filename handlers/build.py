@@ -8,7 +8,7 @@ from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from handlers.backends.backend import Backend
+from handlers.backends.backend import Backend, Starting
 from handlers.backends.base import Engine, Lifecycle
 from handlers.backends.image_options import contradictions
 from handlers.backends.model_files import model_findings
@@ -22,6 +22,16 @@ from properties.problem import ConfigurationError, Problem
 from properties.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+
+def with_model_directory(configuration: Configuration, directory: Path) -> Configuration:
+    """Return the configuration with what the fetched model's own files add. Warnings that are new are logged."""
+    known = {problem.message for problem in configuration.warnings}
+    configuration = configuration.with_model_directory(directory)
+    for problem in configuration.warnings:
+        if problem.message not in known:
+            logger.warning("%s", problem)
+    return configuration
 
 
 def choose_backend(configuration: Configuration, model_path: Path) -> Choice:
@@ -40,10 +50,10 @@ def _accelerators() -> int:
     return len(this_machine().accelerators)
 
 
-def build_part(configuration: Configuration, model_path: Path, choice: Choice) -> Lifecycle | None:
-    """Return what runs on a machine that holds a part of the model for another one; None on all other machines.
+def build_part(configuration: Configuration, model_path: Path, choice: Choice) -> Starting[Lifecycle] | None:
+    """Return what starts this machine's part of a model for which another one answers; None on all other machines.
 
-    It is not loaded yet. Raises as `build_engine` does.
+    Raises as `build_engine` does.
     """
     part = backend_of(choice.backend).part(configuration, model_path)
     if part is not None:
@@ -51,8 +61,8 @@ def build_part(configuration: Configuration, model_path: Path, choice: Choice) -
     return part
 
 
-def build_engine(configuration: Configuration, model_path: Path, choice: Choice | None = None) -> Engine[Any]:
-    """Return the engine that serves the model, not loaded yet.
+def build_engine(configuration: Configuration, model_path: Path, choice: Choice | None = None) -> Starting[Engine[Any]]:
+    """Check the model, and return what starts the engine that serves it.
 
     It is slow, because it imports what it needs; call it in a thread.
 

@@ -30,15 +30,7 @@ from handlers.errors import InvalidRequest, stopping
 from handlers.grammars.compiler import GrammarCompiler
 from handlers.prompts.renderer import RenderedPrompt
 from handlers.prompts.tokenizer import Detokenizer, TokenTexts
-from handlers.request import (
-    ChatPrompt,
-    Constraint,
-    GenerationRequest,
-    Prompt,
-    RequestSampling,
-    TextPrompt,
-    media_parts,
-)
+from handlers.request import ChatPrompt, Constraint, GenerationRequest, Prompt, RequestSampling, TextPrompt, media_parts
 from handlers.request_checks import (
     checked_sampling,
     checked_tokens,
@@ -326,11 +318,7 @@ class Generation:
 
 
 def texts_of(
-    request: GenerationRequest,
-    params: RequestSampling,
-    token_ids: Sequence[int],
-    count: int,
-    token_texts: TokenTexts,
+    request: GenerationRequest, params: RequestSampling, token_ids: Sequence[int], count: int, token_texts: TokenTexts
 ) -> list[Detokenizer]:
     """Return a detokenizer for each of `count` choices. token_ids: those of the prompt."""
     # The answer to a chat begins a new text, while a completion continues its prompt. A constrained answer keeps a
@@ -366,8 +354,7 @@ def _detokenized(token_ids: Sequence[int], model: PromptModel) -> str:
     size = len(model.tokenizer)
     if (bad := next((token for token in token_ids if not 0 <= token < size), None)) is not None:
         raise InvalidRequest(
-            f"tokens holds an id that is not in the vocabulary of {size} tokens: {str(bad)[:40]}",
-            param="tokens",
+            f"tokens holds an id that is not in the vocabulary of {size} tokens: {str(bad)[:40]}", param="tokens"
         )
     # Decoded as a batch, because that lets other threads run.
     (text,) = model.tokenizer.backend_tokenizer.decode_batch([list(token_ids)], skip_special_tokens=False)

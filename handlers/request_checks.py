@@ -38,6 +38,21 @@ def longest_prompt(max_model_len: int) -> int:
     return max(_FEWEST, _CHARACTERS_PER_TOKEN * max_model_len)
 
 
+def check_images(count: int, most: int, limit: str, *, accepted: bool) -> None:
+    """Raise InvalidRequest if a prompt may not have so many images.
+
+    Args:
+        count: How many it has.
+        most: How many option.limit_mm_per_prompt allows.
+        limit: The words for that, for whoever sent the prompt.
+        accepted: Whether the model takes images at all.
+    """
+    if count and not accepted:
+        raise InvalidRequest("this model does not take images")
+    if count > most:
+        raise InvalidRequest(f"the prompt holds {count} images; {limit}")
+
+
 def require_known(request: GenerationRequest, vocab_size: int, image_token_id: int | None = None) -> None:
     """Raise InvalidRequest for token ids from the client that the model does not know.
 
@@ -49,15 +64,14 @@ def require_known(request: GenerationRequest, vocab_size: int, image_token_id: i
     bad = next((t for t in prompt.token_ids if not 0 <= t < vocab_size and t != image_token_id), None)
     if bad is not None:
         raise InvalidRequest(
-            f"the prompt holds the token id {str(bad)[:40]}; this model's are 0 to {vocab_size - 1}",
-            param="prompt",
+            f"the prompt holds the token id {str(bad)[:40]}; this model's are 0 to {vocab_size - 1}", param="prompt"
         )
 
 
 def checked_tokens(request: GenerationRequest, token_ids: list[int], max_model_len: int, vocab_size: int) -> list[int]:
     """Return the tokens of a prompt without images, truncated as the request says. Raises as `require_known`.
 
-    `checked_sampling`, which counts the tokens, refuses whatever is longer than the context.
+    A prompt that is longer than the context is returned as it is: `checked_sampling` refuses it.
     """
     if request.truncate_prompt_tokens is None and len(token_ids) >= max_model_len:
         return token_ids
@@ -94,12 +108,7 @@ def fitting_max_tokens(
 
 
 def checked_sampling(
-    request: GenerationRequest,
-    used: int,
-    max_model_len: int,
-    vocab_size: int,
-    *,
-    images_follow: bool = False,
+    request: GenerationRequest, used: int, max_model_len: int, vocab_size: int, *, images_follow: bool = False
 ) -> RequestSampling:
     """Return the sampling parameters to use. The arguments are those of `fitting_max_tokens`.
 

@@ -190,7 +190,7 @@ class Child:
     def has_ended(self) -> bool:
         """Whether the process has ended; known at once, also before its exit code is.
 
-        Call it only between messages: a message that nobody asked for counts as an end, too.
+        Call it only between messages: a message that arrives unasked counts as an end, too.
         """
         if self.returncode is not None:
             return True
@@ -326,10 +326,7 @@ def _limit(pid: int, limits: Limits) -> None:
         return
     with suppress(ProcessLookupError):
         resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))
-        for kind, most in (
-            (resource.RLIMIT_DATA, limits.data_bytes),
-            (resource.RLIMIT_NOFILE, limits.open_files),
-        ):
+        for kind, most in ((resource.RLIMIT_DATA, limits.data_bytes), (resource.RLIMIT_NOFILE, limits.open_files)):
             if most is not None:
                 _, hard = resource.prlimit(pid, kind)
                 most = most if hard == resource.RLIM_INFINITY else min(most, hard)

@@ -18,14 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 SERVER_KEYS = frozenset(
-    {
-        "SERVING_API_KEY",
-        "OPTION_API_KEY",
-        "VLLM_API_KEY",
-        "APHRODITE_API_KEY",
-        "SM_VLLM_API_KEY",
-        "SM_SGLANG_API_KEY",
-    }
+    {"SERVING_API_KEY", "OPTION_API_KEY", "VLLM_API_KEY", "APHRODITE_API_KEY", "SM_VLLM_API_KEY", "SM_SGLANG_API_KEY"}
 )
 """Every variable that can hold the keys that clients must send. Only the server's own process needs them."""
 

@@ -1,7 +1,7 @@
-"""Ends processes that must not outlive the one that uses them, however that one ends.
+"""Kills processes that must not outlive this one, even if this one is killed.
 
-A separate process watches over them. It is for processes that `processes.child` does not start: vLLM starts its own,
-which would go on holding the devices out of anybody's reach.
+A separate process, the guard, does so. It is for processes that `processes.child` does not start: vLLM starts its own,
+and any that were left would go on holding the devices.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether something failed because this machine or process ran out of a resource, which is nobody else's fault."""
+"""Whether something failed because this machine or process ran out of a resource."""
 
 from __future__ import annotations
 

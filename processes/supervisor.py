@@ -30,7 +30,7 @@ class Supervised(Protocol):
         """Wait until it must be replaced; return the reason, for example "ended with code -9"."""
 
     async def stop(self) -> None:
-        """Stop whatever of it still runs. Safe to call twice, also after the first call was cancelled."""
+        """Stop what still runs of it. Safe to call twice, also after the first call was cancelled."""
 
 
 T = TypeVar("T", bound=Supervised)
@@ -72,7 +72,7 @@ class Supervisor(Generic[T]):
         self.given_up = False
 
     async def start(self) -> T:
-        """Start the first one and keep it running from now on. Raises whatever the given `start` raises."""
+        """Start the first one and keep it running from now on. Raises what the given `start` raises."""
         self.current = first = await self._start()
         self._keeping = asyncio.create_task(self._keep(), name=f"keep {self._name}")
         return first

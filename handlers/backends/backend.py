@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from properties.problem import Problem
 
@@ -13,6 +13,14 @@ if TYPE_CHECKING:
     from engine.machine import Machine
     from handlers.backends.base import Engine, Lifecycle
     from properties.configuration import Configuration
+
+T = TypeVar("T")
+
+Starting = Callable[[], Coroutine[Any, Any, T]]
+"""Returns something loaded, which can answer. If that fails, nothing is left running.
+
+Raises ServingError, with the remedy.
+"""
 
 
 @dataclass
@@ -104,11 +112,11 @@ class Backend(Protocol):
     def parser_names(self, option: str) -> Set[str]:
         """Return the names of its own parsers for that option, "tool_call_parser" or "reasoning_parser"."""
 
-    def build(self, configuration: Configuration, model_path: Path) -> Engine[Any]:
-        """Return the engine, not yet loaded. Slow, since it imports what it needs. Raises ServingError."""
+    def build(self, configuration: Configuration, model_path: Path) -> Starting[Engine[Any]]:
+        """Return what starts the engine. Slow, since it imports what it needs. Raises ServingError."""
 
-    def part(self, configuration: Configuration, model_path: Path) -> Lifecycle | None:
-        """Return what runs here when another machine answers requests, not yet loaded; None if this one answers."""
+    def part(self, configuration: Configuration, model_path: Path) -> Starting[Lifecycle] | None:
+        """Return what starts this machine's part when another one answers requests; None if this one answers."""
 
     def examine(
         self,

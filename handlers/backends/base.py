@@ -124,18 +124,15 @@ def engine_died() -> EngineFailed:
 
 
 class Lifecycle(Protocol):
-    """Whatever answers requests, from load to close. `load` is called once, and everything runs on the event loop."""
-
-    async def load(self) -> None:
-        """Return when it can answer. Raises ServingError, with the remedy, if it cannot be loaded."""
+    """A loaded model or handler that answers requests. All methods run on the event loop."""
 
     @property
     def capabilities(self) -> Capabilities:
-        """What requests may ask for. Valid once `load` has returned."""
+        """What requests may ask for."""
 
     @property
     def adapters(self) -> AdapterStore | None:
-        """The store that changes adapters while it serves, once `load` has returned; None if none can be changed."""
+        """The store that changes adapters while it serves; None if none can be changed."""
 
     def health(self) -> Health: ...
 
@@ -255,7 +252,7 @@ class Engine(Lifecycle, Protocol[Prepared]):
 
     @property
     def model(self) -> PromptModel:
-        """The model's tokenizer and renderer. Valid once `load` has returned."""
+        """The model's tokenizer and renderer."""
 
     async def prepare(
         self, token_ids: list[int], parts: Sequence[MediaPart], request: EngineRequest | None

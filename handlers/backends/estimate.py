@@ -66,26 +66,22 @@ def shared_output(config: Mapping[str, Any], dtype: str) -> int:
     text = text_config(config)
     if not text.get("tie_word_embeddings", config.get("tie_word_embeddings")):
         return 0
-    return (_number(text, "vocab_size") or 0) * (_number(text, "hidden_size") or 0) * DTYPE_BYTES[dtype]
+    return (first_number(text, "vocab_size") or 0) * (first_number(text, "hidden_size") or 0) * DTYPE_BYTES[dtype]
 
 
 def cache_bytes_per_token(config: Mapping[str, Any], dtype: str) -> int | None:
     """Return the size of one token's keys and values: 2 * layers * key/value heads * head size * bytes."""
     text = text_config(config)
     layers, heads, hidden = (
-        _number(text, *names)
-        for names in (
-            ("num_hidden_layers", "n_layer"),
-            ("num_attention_heads", "n_head"),
-            ("hidden_size", "n_embd"),
-        )
+        first_number(text, *names)
+        for names in (("num_hidden_layers", "n_layer"), ("num_attention_heads", "n_head"), ("hidden_size", "n_embd"))
     )
     if layers is None or heads is None:
         return None
-    size = _number(text, "head_dim") or (hidden // heads if hidden else None)
+    size = first_number(text, "head_dim") or (hidden // heads if hidden else None)
     if size is None:
         return None
-    return 2 * layers * (_number(text, "num_key_value_heads") or heads) * size * DTYPE_BYTES[dtype]
+    return 2 * layers * (first_number(text, "num_key_value_heads") or heads) * size * DTYPE_BYTES[dtype]
 
 
 def _tensor_bytes(path: Path, width: int) -> int:
@@ -118,23 +114,21 @@ def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _stack(part: Mapping[str, Any]) -> int:
-    hidden = _number(part, "hidden_size", "n_embd")
-    layers = _number(part, "num_hidden_layers", "n_layer")
+    hidden = first_number(part, "hidden_size", "n_embd")
+    layers = first_number(part, "num_hidden_layers", "n_layer")
     if hidden is None or layers is None:
         return 0
-    heads = _number(part, "num_attention_heads", "n_head") or 1
-    size = _number(part, "head_dim") or hidden // heads
-    shared = _number(part, "num_key_value_heads") or heads
-    wide = _number(part, "intermediate_size") or 4 * hidden
-    vocabulary = _number(part, "vocab_size") or 0
+    heads = first_number(part, "num_attention_heads", "n_head") or 1
+    size = first_number(part, "head_dim") or hidden // heads
+    shared = first_number(part, "num_key_value_heads") or heads
+    wide = first_number(part, "intermediate_size") or 4 * hidden
+    vocabulary = first_number(part, "vocab_size") or 0
     matrices = 3 if vocabulary else 2
     embeddings = vocabulary * hidden * (1 if part.get("tie_word_embeddings") else 2)
     return embeddings + layers * (2 * hidden * size * (heads + shared) + matrices * hidden * wide)
 
 
-def _number(part: Mapping[str, Any], *names: str) -> int | None:
-    for name in names:
-        value = part.get(name)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
+def first_number(part: Mapping[str, Any], *names: str) -> int | None:
+    """Return the first of these fields of a config.json that is a positive whole number; None if none is."""
+    values = (part.get(name) for name in names)
+    return next((value for value in values if isinstance(value, int) and value > 0), None)

@@ -81,11 +81,7 @@ class Fit:
 
 
 def fit(
-    configuration: Configuration,
-    backend: Backend,
-    directory: Path,
-    config: Mapping[str, Any],
-    machine: Machine,
+    configuration: Configuration, backend: Backend, directory: Path, config: Mapping[str, Any], machine: Machine
 ) -> Fit:
     """Estimate what a model directory needs and compare it with the machine. Raises nothing."""
     device = min(machine.accelerators, key=lambda one: one.memory, default=machine.host)
@@ -192,11 +188,7 @@ def _too_large(result: Fit, needed: int, usable: int, where: str) -> None:
 
 
 def _compare_with_cache(result: Fit, configuration: Configuration, name: str | None) -> None:
-    settings, length, room = (
-        configuration.settings,
-        configuration.effective("max_model_len"),
-        result.cache_tokens,
-    )
+    settings, length, room = (configuration.settings, configuration.effective("max_model_len"), result.cache_tokens)
     if result.errors or length is None or room is None or room >= _blocks(settings, length):
         return
     if room < (settings.block_size or DEFAULT_BLOCK_SIZE):

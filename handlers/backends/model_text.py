@@ -8,11 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ModelLoadError
-from handlers.prompts.generation_config import (
-    read_default_sampling,
-    read_eos_token_ids,
-    read_generation_config,
-)
+from handlers.prompts.generation_config import read_default_sampling, read_eos_token_ids, read_generation_config
 from handlers.prompts.renderer import PromptRenderer
 from handlers.prompts.tokenizer import vocabulary_of
 

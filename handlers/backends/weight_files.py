@@ -82,7 +82,7 @@ def engine_weight_problems(directory: Path, *, pickled: bool, named: object = No
 
 
 def vllm_weight_problems(directory: Path) -> Iterator[str]:
-    """Yield why vLLM cannot load the weights that are there, which it takes whatever their names are."""
+    """Yield why vLLM cannot load the weights. It loads every file of this format, under any name."""
     if (directory / INDEX).is_file():
         yield from _indexed(directory)
     else:

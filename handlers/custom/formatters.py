@@ -12,7 +12,7 @@ from handlers.custom.backend import CustomBackend
 from handlers.custom.messages import Part
 from handlers.errors import CustomCodeError, DeadlineExceeded, ServingError
 from handlers.protocols.errors import log_error
-from handlers.protocols.lmi.replies import lmi_error
+from handlers.protocols.lmi.replies import LmiError
 
 _MAX_SECONDS = 60.0
 """Time for one call of a formatter; after it the process is replaced."""
@@ -84,7 +84,7 @@ class FormattedStream:
             except ServingError as error:
                 self._failed = True
                 log_error(error, self._request_id)
-                return msgspec.json.encode(lmi_error(error)) + b"\n"
+                return msgspec.json.encode(LmiError.of(error)) + b"\n"
             if data := b"".join(written):
                 return data
         raise StopAsyncIteration

@@ -20,20 +20,20 @@ _TRIES = 3
 
 
 class Batch:
-    """Answers many requests, each of which fails alone. Used on the backend's event loop.
-
-    window: how many requests are under way, so that the engine always has the next ones and memory is bounded.
-    restart_seconds: how long an engine that died may take to come back. poll_seconds: the pause between two looks.
-    """
+    """Answers many requests, each of which fails alone. Used on the backend's event loop."""
 
     def __init__(
-        self,
-        backend: Pipeline,
-        images: ImageLoader,
-        window: int,
-        restart_seconds: float,
-        poll_seconds: float = 0.2,
+        self, backend: Pipeline, images: ImageLoader, window: int, restart_seconds: float, poll_seconds: float = 0.2
     ) -> None:
+        """Prepare to answer requests.
+
+        Args:
+            backend: What generates.
+            images: What loads their images.
+            window: How many requests are under way, so that the engine always has the next ones and memory is bounded.
+            restart_seconds: How long an engine that died may take to come back.
+            poll_seconds: The pause between two looks at whether it is back.
+        """
         self._backend = backend
         self._images = images
         self._window = window

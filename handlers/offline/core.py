@@ -7,7 +7,7 @@ import queue
 import sys
 import threading
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from handlers import progress
 from handlers.artefacts.fetch import fetch
 from handlers.backends.select import backend_of
-from handlers.build import build_engine, build_images, build_part, choose_backend
+from handlers.build import build_engine, build_images, build_part, choose_backend, with_model_directory
 from handlers.errors import InvalidConfiguration, InvalidRequest
 from handlers.images.loader import ImageLoader
 from handlers.offline.batch import Batch, Outcome
@@ -24,6 +24,7 @@ from handlers.offline.loop_thread import LoopThread
 from handlers.offline.options import check_names, warn_of_names
 from handlers.pipeline import Pipeline
 from handlers.request import EmbeddingsPart, GenerationRequest, MediaPart, TextPrompt
+from handlers.request_checks import check_images
 from properties.configuration import Configuration
 
 logger = logging.getLogger(__name__)
@@ -44,11 +45,7 @@ class Core:
         finally:
             cancelled.set()
         progress.current().begin("")
-        known = {problem.message for problem in configuration.warnings}
-        self.configuration = configuration = configuration.with_model_directory(self.directory)
-        for problem in configuration.warnings:
-            if problem.message not in known:
-                logger.warning("%s", problem)
+        self.configuration = configuration = with_model_directory(configuration, self.directory)
         settings = configuration.settings
         choice = choose_backend(configuration, self.directory)
         if not backend_of(choice.backend).takes_engine_arguments:
@@ -59,13 +56,14 @@ class Core:
                 "node_rank: a script generates on the first machine only; on the others, which hold parts of the "
                 "model, run lmi serve with the same options"
             )
-        engine = build_engine(configuration, self.directory, choice)
-        self._close_backend = engine.close
+        start_engine = build_engine(configuration, self.directory, choice)
+        self._close_backend: Callable[[], Awaitable[None]] | None = None
         self._images: ImageLoader | None = None
         self._loop = LoopThread()
         try:
             with _script_not_run_again():
-                self._loop.run(engine.load())
+                engine = self._loop.run(start_engine())
+            self._close_backend = engine.close
             self.backend = Pipeline(engine, settings.guided_decoding_timeout)
             self._close_backend = self.backend.close
             self._images = build_images(settings)
@@ -84,10 +82,8 @@ class Core:
         images = list(request.images())
         if any(isinstance(part, EmbeddingsPart) for part in images) and not capabilities.embeddings:
             raise InvalidRequest("embeddings are taken only after LLM(..., enable_mm_embeds=True)")
-        if images and not capabilities.images:
-            raise InvalidRequest("this model does not take images")
-        if len(images) > self._max_images:
-            raise InvalidRequest(f"the prompt has {len(images)} images; limit_mm_per_prompt allows {self._max_images}")
+        limit = f"limit_mm_per_prompt allows {self._max_images}"
+        check_images(len(images), self._max_images, limit, accepted=capabilities.images)
 
     def image_tokens(self, part: MediaPart) -> ImageTokens:
         """Return the tokens that an image becomes in a prompt. Raises ImageError."""
@@ -134,7 +130,8 @@ class Core:
     async def _close(self) -> None:
         if self._images is not None:
             await self._images.aclose()
-        await self._close_backend()
+        if self._close_backend is not None:
+            await self._close_backend()
 
 
 @contextmanager

@@ -20,13 +20,7 @@ from engine.families.registry import family_of
 from engine.messages import EMBEDDINGS
 from engine.weights import weight_files
 from handlers.errors import ImageError, InvalidRequest
-from handlers.request import (
-    EmbeddingsPart,
-    Grid,
-    ImagePart,
-    LoadedEmbeddings,
-    MediaPart,
-)
+from handlers.request import EmbeddingsPart, Grid, ImagePart, LoadedEmbeddings, MediaPart
 from properties.configuration import read_model_config
 from properties.model import read_object
 
@@ -72,12 +66,16 @@ class ImageTokens:
 
 
 class PromptImages:
-    """Reads the images that a script gives.
-
-    counted: slow; returns the tokens that an image becomes. feature_size: the value of `image_feature_size`.
-    """
+    """Reads the images that a script gives."""
 
     def __init__(self, model_path: Path, counted: Callable[[MediaPart], ImageTokens], feature_size: int | None) -> None:
+        """Prepare to read images.
+
+        Args:
+            model_path: The model's directory.
+            counted: Returns the tokens that an image becomes in a prompt. Slow.
+            feature_size: The value of option.image_feature_size.
+        """
         self._path = model_path
         self._counted = counted
         self._feature_size = feature_size
@@ -174,8 +172,7 @@ class PromptImages:
             raise ImageError(index, "features are taken by Llava only: give the image itself, or embeddings")
         if features.shape[1] != wide.shape[1]:
             raise ImageError(
-                index,
-                f"its features have the shape {list(features.shape)}; wanted: [tokens, {wide.shape[1]}]",
+                index, f"its features have the shape {list(features.shape)}; wanted: [tokens, {wide.shape[1]}]"
             )
         with torch.inference_mode():
             rows = torch.nn.functional.linear(torch.from_numpy(features), wide, weights.get("linear_1.bias"))

@@ -20,13 +20,7 @@ from handlers.offline.images import PromptImages
 from handlers.offline.options import configure
 from handlers.offline.outputs import RequestOutput, answered, failed
 from handlers.offline.params import SamplingParams
-from handlers.offline.prompts import (
-    conversations_in,
-    prompts_in,
-    prompts_with_data,
-    read_conversation,
-    read_prompt,
-)
+from handlers.offline.prompts import conversations_in, prompts_in, prompts_with_data, read_conversation, read_prompt
 from handlers.progress import shown_to_script
 from handlers.prompts.tokenizer import load_tokenizer
 from handlers.protocols.errors import client_error
@@ -61,9 +55,7 @@ class LLM:
         with shown_to_script():
             self._core = Core(configure(str(model), options))
         self._prompt_images = PromptImages(
-            self._core.directory,
-            self._core.image_tokens,
-            self._core.configuration.settings.image_feature_size,
+            self._core.directory, self._core.image_tokens, self._core.configuration.settings.image_feature_size
         )
         self._end = weakref.finalize(self, self._core.close)
 
@@ -108,9 +100,7 @@ class LLM:
             ValueError: Arguments do not fit together.
         """
         _refuse(
-            lora_request=lora_request,
-            tokenization_kwargs=tokenization_kwargs,
-            mm_processor_kwargs=mm_processor_kwargs,
+            lora_request=lora_request, tokenization_kwargs=tokenization_kwargs, mm_processor_kwargs=mm_processor_kwargs
         )
         data = multi_modal_datas if multi_modal_data is None else multi_modal_data
         given, alone = prompts_in(prompts_with_data(prompts, prompt_token_ids, data))
@@ -145,10 +135,7 @@ class LLM:
         `{"type": "image_pil", "image_pil": image}`. chat_template: text of a template to use instead of the model's.
         """
         _refuse(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
-        if chat_template_content_format not in (
-            "auto",
-            self._core.configuration.settings.chat_template_content_format,
-        ):
+        if chat_template_content_format not in ("auto", self._core.configuration.settings.chat_template_content_format):
             raise ValueError(
                 f"chat_template_content_format {chat_template_content_format!r} is not this LLM's: "
                 "give it to LLM() instead"
@@ -175,8 +162,7 @@ class LLM:
     def get_tokenizer(self) -> Any:
         """Return the model's tokenizer, as transformers loads it."""
         return load_tokenizer(
-            str(self._core.directory),
-            trust_remote_code=self._core.configuration.settings.trust_remote_code,
+            str(self._core.directory), trust_remote_code=self._core.configuration.settings.trust_remote_code
         )
 
     def close(self) -> None:
@@ -222,11 +208,7 @@ class LLM:
                 places.append(place)
         make_bar = use_tqdm if callable(use_tqdm) else tqdm
         bar = make_bar(
-            total=len(given),
-            desc="Processed prompts",
-            unit="prompt",
-            dynamic_ncols=True,
-            disable=not use_tqdm,
+            total=len(given), desc="Processed prompts", unit="prompt", dynamic_ncols=True, disable=not use_tqdm
         )
         with bar as progress, closing(self._core.outcomes(requests)) as outcomes:
             progress.update(len(given) - len(requests))
@@ -288,7 +270,7 @@ def _refuse(**given: object) -> None:
 
 
 def _count(params: SamplingParams) -> int:
-    """Return how many empty answers to show after an error, whatever `n` has been set to."""
+    """Return how many empty answers to show after an error; 1 if `n` is not a number of answers."""
     try:
         return params.answers()[1] or params.answers()[0]
     except InvalidRequest:

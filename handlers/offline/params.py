@@ -10,7 +10,8 @@ from typing import Any
 
 from handlers.errors import InvalidRequest
 from handlers.protocols.body import convert
-from handlers.protocols.fields import read_constraint, sampling_params
+from handlers.protocols.constraints import read_constraint
+from handlers.protocols.sampler_fields import sampling_params
 from handlers.request import Constraint
 from handlers.request import RequestSampling as EngineParams
 
@@ -58,7 +59,7 @@ GuidedDecodingParams = StructuredOutputsParams
 class SamplingParams:
     """How answers are sampled: names, defaults and meanings are those of vLLM's `SamplingParams`.
 
-    best_of: how many answers to generate, of which the n with the most likely tokens are kept. structured_outputs,
+    best_of: how many answers to generate; the n with the most likely tokens are kept. structured_outputs,
     guided_decoding: a `StructuredOutputsParams` or a dict of its fields. samplers: fields of the engine's sampling
     parameters. Attributes may be set later; they are checked again when a prompt is generated.
 

@@ -164,7 +164,7 @@ def _gathered(spans: Sequence[Span], given: Sequence[MediaPart], images: PromptI
 
 
 def _order(found: Sequence[re.Match[str]], spans: Sequence[Span], given: Sequence[MediaPart]) -> list[int]:
-    """Return the number of the image at each span: that of a numbered placeholder, else the next one."""
+    """Return the number of the image at each span: the placeholder's own number, or else the next one."""
     count = len(given)
     if len(spans) != count:
         raise InvalidRequest(

@@ -54,6 +54,11 @@ if __name__ == "__main__":
 
     def _build(configuration: object, path: Path) -> Served:
         backend: Any = ProbedBackend()
-        return Served.by(backend, lambda: backend)
+
+        async def start() -> Any:
+            await backend.load()
+            return backend
+
+        return Served.by(start, lambda pipeline: pipeline)
 
     sys.exit(main(["serve", *sys.argv[2:]], _build))

@@ -27,13 +27,7 @@ from tests.support.engine_driver import CAPITALS, random_image
 @asynccontextmanager
 async def loaded(model: Path, **settings: Any) -> AsyncIterator[Pipeline]:
     configuration: Any = SimpleNamespace(settings=Settings(**{"dtype": "float32", **settings}))
-    engine = RollingEngine(configuration, model)
-    try:
-        await engine.load()
-    except BaseException:
-        await engine.close()
-        raise
-    backend = Pipeline(engine, 20.0)
+    backend = Pipeline(await RollingEngine.start(configuration, model), 20.0)
     try:
         yield backend
     finally:
@@ -45,7 +39,7 @@ def request(*content: str | int, sampling: dict[str, Any] | None = None, **field
     parts = [
         TextPart(item)
         if isinstance(item, str)
-        else ImagePart("data:", LoadedImage(random_image(item), item.to_bytes(4, "little")))
+        else ImagePart("data:", loaded=LoadedImage(random_image(item), item.to_bytes(4, "little")))
         for item in content
     ]
     params = RequestSampling(**{"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, **(sampling or {})})

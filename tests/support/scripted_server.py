@@ -209,7 +209,12 @@ if __name__ == "__main__":
     def _build(configuration: object, path: Path) -> Served:
         places = os.environ.get("SCRIPTED_ADAPTERS")
         backend: Any = ObedientBackend(scripted_adapters(path, int(places))[0] if places else None)
-        return Served.by(backend, lambda: backend)
+
+        async def start() -> Any:
+            await backend.load()
+            return backend
+
+        return Served.by(start, lambda pipeline: pipeline)
 
     command, *rest = sys.argv[1:]
     sys.exit(serve_main(rest, _build) if command == "serve" else main(["serve", *rest], _build))

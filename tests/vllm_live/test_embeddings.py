@@ -25,12 +25,11 @@ def wrong(engine):
 
 async def main():
     module.embeddings_wanted = wrong
-    engine = build_engine(resolve(model=sys.argv[1], environ=os.environ, options=options), Path(sys.argv[1]))
+    start = build_engine(resolve(model=sys.argv[1], environ=os.environ, options=options), Path(sys.argv[1]))
     try:
-        await engine.load()
+        await start()
     except Exception as error:
         print("FAILED", type(error).__name__, error)
-    await engine.close()
 
 if __name__ == "__main__":
     asyncio.run(main())

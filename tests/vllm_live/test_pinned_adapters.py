@@ -29,15 +29,14 @@ def pinned(worker):
 async def main():
     options = ["rolling_batch=vllm", "enforce_eager=true", "kv_cache_memory_mb=256", "max_model_len=512",
                "enable_lora=true", "max_loras=1", "max_cpu_loras=2", f"allowed_adapter_path={Path(adapter).parent}"]
-    engine = build_engine(resolve(model=shapes, environ=os.environ, options=options), Path(shapes))
-    await engine.load()
+    engine = await build_engine(resolve(model=shapes, environ=os.environ, options=options), Path(shapes))()
     backend = Pipeline(engine, 20.0)
     async def said(name):
         prompt = ChatPrompt([Message("user", [TextPart("What is this an image of?")], text_only=True)])
         request = GenerationRequest("r", prompt, RequestSampling(temperature=0, max_tokens=16), adapter=name)
         return "".join([delta.text async for delta in await backend.generate(request)])
     async def seen(*names):
-        (told,) = await engine._supervisor.engine.collective_rpc(pinned)
+        (told,) = await engine.supervisor.engine.collective_rpc(pinned)
         print("SEEN", json.dumps([told, [await said(name) for name in names]]))
     try:
         await backend.adapters.add("loose", adapter)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ModelLoadError
 from engine.families.registry import family_of, kind_of, served
-from handlers.backends.backend import DevicePlan, Findings, Needs, PromptCheck
+from handlers.backends.backend import DevicePlan, Findings, Needs, PromptCheck, Starting
 from handlers.backends.image_options import contradictions, crowded, image_tokens, unused_by_text, wanted
 from handlers.backends.model_files import no_processor, too_long
 from handlers.backends.rolling.plan import plan_engines, unused_devices
@@ -36,14 +37,12 @@ class RollingBackend:
     takes_engine_arguments = False
 
     def parser_names(self, option: str) -> frozenset[str]:
-        """See `Backend`."""
         return frozenset()
 
-    def build(self, configuration: Configuration, model_path: Path) -> RollingEngine:
-        """See `Backend`."""
+    def build(self, configuration: Configuration, model_path: Path) -> Starting[RollingEngine]:
         from handlers.backends.rolling.engine import RollingEngine
 
-        return RollingEngine(configuration, model_path)
+        return partial(RollingEngine.start, configuration, model_path)
 
     def part(self, configuration: Configuration, model_path: Path) -> None:
         """Each engine is on one machine alone."""
@@ -56,7 +55,6 @@ class RollingBackend:
         config: Mapping[str, Any],
         contents: Mapping[str, Mapping[str, Any]],
     ) -> None:
-        """See `Backend`."""
         found.add(_unserved(config, directory))
         found.errors += too_long(configuration, context_length(config))
         found.warnings += _inexact(configuration.settings)
@@ -71,14 +69,12 @@ class RollingBackend:
         found.add(engine_weight_problems(directory, pickled=pickled, named=named))
 
     def chat_template(self, config: Mapping[str, Any]) -> object:
-        """See `Backend`."""
         family = family_of(str(config.get("model_type")))
         return None if family is None or family.preprocessor is None else family.preprocessor.chat_template
 
     def plan(
         self, configuration: Configuration, directory: Path, machine: Machine, shapes: Mapping[str, Any]
     ) -> DevicePlan:
-        """See `Backend`."""
         settings, accelerators = configuration.settings, len(machine.accelerators)
         engines = plan_engines(settings, str(directory), accelerators, machine=machine)
         return DevicePlan(
@@ -132,19 +128,19 @@ class RollingBackend:
         return []
 
     def check_prompts(self, configuration: Configuration, directory: Path, machine: Machine) -> PromptCheck:
-        """See `Backend`. Imports torch and transformers where old options about images are to be compared."""
+        """See `Backend`. It starts a process, or with trust_remote_code may import torch and transformers."""
         from handlers.backends.rolling.model_front import ModelFront
 
         settings = configuration.settings
-        if problems := _contradictions(settings, directory):
-            return PromptCheck(errors=problems)
-        if settings.trust_remote_code:
-            return PromptCheck()
+        if settings.trust_remote_code:  # the front would run the model's own code
+            return PromptCheck(errors=_contradictions(settings, directory))
         try:
             plan_engines(settings, str(directory), len(machine.accelerators))
             front = ModelFront.load(settings, str(directory))
         except (InvalidConfiguration, ModelLoadError) as error:
             return PromptCheck(errors=[Problem(str(error))])
+        if front.contradictions:
+            return PromptCheck(errors=[Problem(text) for text in front.contradictions])
         template, preprocessor = front.text.renderer.templates.described(), front.preprocessor
         if preprocessor is None:
             return PromptCheck(template)

@@ -7,11 +7,12 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.errors import EngineDead, EngineError, EngineStopped, RequestRejected
+from engine.errors import EngineDead, EngineError, EngineStopped, ModelLoadError, RequestRejected
 from engine.machine import usable_cores
 from engine.messages import Add, ImageInput, Output, TensorData
 from handlers.backends.adapters import AdapterStore
@@ -39,7 +40,7 @@ from handlers.request import MediaPart
 
 if TYPE_CHECKING:
     from properties.configuration import Configuration
-
+    from properties.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -52,105 +53,106 @@ class RollingEngine:
 
     adapters: AdapterStore | None = None
 
-    def __init__(self, configuration: Configuration, model_path: Path) -> None:
-        self._settings = configuration.settings
-        self._path = str(model_path)
-        self._threads = max(2, min(8, usable_cores()))
-        self._pool = ThreadPoolExecutor(max_workers=self._threads, thread_name_prefix="prepare")
-        self._group: EngineGroup | None = None
-        self._capabilities: Capabilities | None = None
-        self._preparer: ImagePreparer | None = None
+    def __init__(
+        self, settings: Settings, front: ModelFront, model: PromptModel, group: EngineGroup, pool: ThreadPoolExecutor
+    ) -> None:
+        """Put replicas that have started, and the model as the front end knows it, together; use `start`.
 
-    async def load(self) -> None:
-        """See `Lifecycle`."""
-        loop = asyncio.get_running_loop()
-        try:
-            engine = await EngineProcess.spawn()
-        except OSError as error:
-            raise Unavailable(f"the model cannot be loaded: {error}") from error
-        try:
-
-            def ask(question: ModelQuestion, folder: Path, seconds: float | None) -> ModelFacts:
-                asked = asyncio.run_coroutine_threadsafe(ask_engine(engine, question, folder, seconds), loop)
-                from transformers import PreTrainedTokenizerFast  # noqa: F401  # takes a second of this wait
-
-                return asked.result()
-
-            front = await loop.run_in_executor(self._pool, ModelFront.load, self._settings, self._path, ask)
-            vocabulary = await loop.run_in_executor(self._pool, lambda: front.vocabulary)
-            plan = plan_engines(self._settings, self._path, front.accelerators, vocabulary)
-            unused = [] if front.preprocessor is not None else unused_by_text(self._settings)
-            for problem in unused_devices(self._settings, plan, front.accelerators) + unused:
-                logger.info("%s", problem)  # info: a script that runs anywhere writes it for another machine
-            group = EngineGroup(
-                plan,
-                retry_threshold=self._settings.retry_threshold,
-                loading_seconds=self._settings.model_loading_timeout,
-                stuck_seconds=self._settings.engine_stuck_timeout or STUCK_SECONDS,
-                spawned=engine,
-                spare_after=SPARE_AFTER_SECONDS if self._settings.spare_engine else None,
-            )
-            await group.start(wait_for_all=replicas_named(self._settings) or front.accelerators > 0)
-        except BaseException as error:
-            await engine.stop()
-            if isinstance(error, EngineError | OSError):
-                raise Unavailable(f"the model cannot be loaded: {error}") from error
-            raise
-        self._group, facts = group, group.ready
+        Args:
+            settings: The options.
+            front: What the model's files say.
+            model: The same for the pipeline.
+            group: The replicas.
+            pool: Where prompts and images are prepared.
+        """
+        facts, devices = group.ready, group.configs[0].devices
+        self.model = model
         self._front = front
-        self._model = PromptModel(
-            front.text.tokenizer, front.text.renderer, front.text.vocab_size, self._pool, vocabulary
-        )
+        self._group = group
+        self._pool = pool
+        self._preparer: ImagePreparer | None = None
         if front.preprocessor is not None:
             wanted = EmbeddingsWanted(
                 facts.row_size, facts.max_model_len - 1, facts.dtype, front.preprocessor.grid_merge
             )
-            cache_bytes = self._settings.image_cache_mb << 19
-            self._preparer = ImagePreparer(front.preprocessor, self._pool, cache_bytes, wanted)
-            if (full := crowded(self._settings, front.preprocessor, facts.max_model_len)) is not None:
+            self._preparer = ImagePreparer(front.preprocessor, pool, settings.image_cache_mb << 19, wanted)
+            if (full := crowded(settings, front.preprocessor, facts.max_model_len)) is not None:
                 logger.warning("%s", full)
         logger.info(
             "embedded engine ready: %d of %d replicas, %s, attention %s, %d tokens of context, %d blocks of %d tokens",
             len(group.alive), len(group.replicas), facts.dtype, facts.attention, facts.max_model_len,
             facts.num_blocks, facts.block_size,
         )  # fmt: skip
-        self._capabilities = Capabilities(
+        self.capabilities = Capabilities(
             max_model_len=facts.max_model_len,
             images=front.preprocessor is not None,
             embeddings=True,
             default_sampling=front.text.default_sampling,
             structured_outputs=facts.constrains,
             dtype=facts.dtype,
-            device_type=plan[0].devices[0].partition(":")[0],
-            compute_type=compute_type(facts.device, len(plan[0].devices)),
-            cache_tokens=facts.num_blocks * facts.block_size * len(plan),
-            prompt_threads=self._threads,
+            device_type=devices[0].partition(":")[0],
+            compute_type=compute_type(facts.device, len(devices)),
+            cache_tokens=facts.num_blocks * facts.block_size * len(group.replicas),
+            prompt_threads=_threads(),
         )
 
-    @property
-    def capabilities(self) -> Capabilities:
-        """See `Lifecycle`."""
-        assert self._capabilities is not None, "load() has not returned"
-        return self._capabilities
+    @classmethod
+    async def start(cls, configuration: Configuration, model_path: Path) -> RollingEngine:
+        """Return a loaded engine; see `Backend.build`."""
+        async with AsyncExitStack() as undo:
+            try:
+                engine = await cls._started(configuration.settings, str(model_path), undo)
+            except (EngineError, OSError) as error:
+                raise Unavailable(f"the model cannot be loaded: {error}") from error
+            undo.pop_all()
+            return engine
 
-    @property
-    def model(self) -> PromptModel:
-        """See `Engine`."""
-        return self._model
+    @classmethod
+    async def _started(cls, settings: Settings, path: str, undo: AsyncExitStack) -> RollingEngine:
+        loop = asyncio.get_running_loop()
+        pool = ThreadPoolExecutor(_threads(), thread_name_prefix="prepare")
+        undo.callback(pool.shutdown, wait=False, cancel_futures=True)
+        engine = await EngineProcess.spawn()
+        undo.push_async_callback(engine.stop)
+
+        def ask(question: ModelQuestion, folder: Path, seconds: float | None) -> ModelFacts:
+            asked = asyncio.run_coroutine_threadsafe(ask_engine(engine, question, folder, seconds), loop)
+            from transformers import PreTrainedTokenizerFast  # noqa: F401  # takes a second of this wait
+
+            return asked.result()
+
+        front = await loop.run_in_executor(pool, ModelFront.load, settings, path, ask)
+        if front.contradictions:
+            raise ModelLoadError("; ".join(front.contradictions))
+        vocabulary = await loop.run_in_executor(pool, lambda: front.vocabulary)
+        plan = plan_engines(settings, path, front.accelerators, vocabulary)
+        unused = [] if front.preprocessor is not None else unused_by_text(settings)
+        for problem in unused_devices(settings, plan, front.accelerators) + unused:
+            logger.info("%s", problem)  # info: a script that runs anywhere writes it for another machine
+        group = EngineGroup(
+            plan,
+            retry_threshold=settings.retry_threshold,
+            loading_seconds=settings.model_loading_timeout,
+            stuck_seconds=settings.engine_stuck_timeout or STUCK_SECONDS,
+            spawned=engine,
+            spare_after=SPARE_AFTER_SECONDS if settings.spare_engine else None,
+        )
+        undo.push_async_callback(group.close)
+        await group.start(wait_for_all=replicas_named(settings) or front.accelerators > 0)
+        text = front.text
+        model = PromptModel(text.tokenizer, text.renderer, text.vocab_size, pool, vocabulary)
+        return cls(settings, front, model, group, pool)
 
     async def prepare(
         self, token_ids: list[int], parts: Sequence[MediaPart], request: EngineRequest | None
     ) -> RollingPrompt:
-        """See `Engine`."""
         if not parts or self._preparer is None:
             return RollingPrompt(token_ids, [])
         ready = await self._preparer.prepare(parts)
         return RollingPrompt(*place_images(token_ids, ready, self._front.text.renderer.image_token_id))
 
     async def generate(self, prompt: RollingPrompt, request: EngineRequest) -> RollingStream:
-        """See `Engine`."""
         group, token_ids = self._group, prompt.token_ids
-        assert group is not None, "load() has not returned"
         seed = request.params.seed if request.params.seed is not None else secrets.randbits(63)
         add = Add(
             request_id=0,
@@ -176,10 +178,7 @@ class RollingEngine:
         return RollingStream(outputs, self._front.text.eos_token_ids)
 
     def health(self) -> Health:
-        """See `Lifecycle`."""
         group = self._group
-        if group is None or self._capabilities is None:
-            return Health(False, "the model is loading")
         alive, total = len(group.responsive), len(group.replicas)
         if alive == 0:
             reason = group.why_down
@@ -191,10 +190,7 @@ class RollingEngine:
         return Health(True, "ready" if alive == total else f"ready: {alive} of {total} replicas")
 
     def stats(self) -> BackendStats:
-        """See `Lifecycle`."""
         group = self._group
-        if group is None:
-            return BackendStats()
         now = group.stats()
         return BackendStats(
             running=now.running,
@@ -214,10 +210,12 @@ class RollingEngine:
         )
 
     async def close(self) -> None:
-        """See `Lifecycle`."""
-        if self._group is not None:
-            await self._group.close()
+        await self._group.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _threads() -> int:
+    return max(2, min(8, usable_cores()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,13 +254,11 @@ class RollingStream:
             raise engine_died() from error
 
     def abort(self, index: int) -> None:
-        """See `TokenStream`."""
         request_id = self._outputs.ids[index]
         self._open.discard(request_id)
         self._outputs.abort([request_id])
 
     async def aclose(self) -> None:
-        """See `TokenStream`."""
         self._open.clear()
         self._outputs.abort()
 

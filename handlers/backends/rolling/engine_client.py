@@ -204,22 +204,22 @@ class EngineProcess:
 
 
 class EngineClient:
-    """An engine process with its model, until it dies (see `processes.supervisor.Supervised`)."""
+    """An engine process with its model, until it dies (see `processes.supervisor.Supervised`).
+
+    Attributes:
+        process: The process.
+        ready: What it reported when it had loaded the model.
+        stats: The last values that it reported; of a process that has died, only the counters.
+        served: Whether any request has received a token from this process.
+        load_changed: Called when the process gets its first request, and when it has none any more.
+    """
 
     def __init__(self, process: EngineProcess, ready: Ready, stuck_seconds: float) -> None:
-        """Take over a process; use `EngineProcess.load`.
-
-        Attributes:
-            process: The process.
-            ready: What it reported when it had loaded the model.
-            load_changed: Called when the process gets its first request, and when it has none any more.
-        """
+        """Take over a process; use `EngineProcess.load`."""
         self.process = process
         self.ready = ready
         self.stats = Stats()
-        """The last values that it reported; of a process that has died, only the counters."""
         self.served = False
-        """Whether any request has received a token from this process."""
         self.load_changed: Callable[[], None] = lambda: None
         self._stuck_seconds = stuck_seconds
         self._streams: dict[int, OutputStream] = {}

@@ -41,11 +41,7 @@ class ImagePreparer:
     """
 
     def __init__(
-        self,
-        preprocessor: Preprocessor[Any],
-        pool: ThreadPoolExecutor,
-        cache_bytes: int,
-        embeddings: EmbeddingsWanted,
+        self, preprocessor: Preprocessor[Any], pool: ThreadPoolExecutor, cache_bytes: int, embeddings: EmbeddingsWanted
     ) -> None:
         """Prepare with threads of a pool. embeddings: what the engine takes in place of images."""
         self._embeddings = embeddings
@@ -109,11 +105,7 @@ class ImagePreparer:
             self._pool, self._preprocessor.prepare, loaded.image, variant
         )
         known = loaded.digest + self._preprocessor.fingerprint + bytes([variant])
-        ready = ReadyImage(
-            prepared,
-            _packed(prepared.tensors),
-            hashlib.blake2b(known, digest_size=16).digest(),
-        )
+        ready = ReadyImage(prepared, _packed(prepared.tensors), hashlib.blake2b(known, digest_size=16).digest())
         self._remember((loaded.digest, variant), ready)
         return ready
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,11 +33,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ModelFront:
-    """What the front end knows of the model. accelerators: how many devices torch sees."""
+    """What the front end knows of the model.
+
+    Attributes:
+        text: What its files say of prompts and answers.
+        preprocessor: What prepares its images; None for a model without images.
+        accelerators: How many devices torch sees.
+        contradictions: See `handlers.backends.image_options.contradictions`: the model must not be served with any.
+    """
 
     text: ModelText
     preprocessor: Preprocessor[Any] | None
     accelerators: int
+    contradictions: Sequence[str] = ()
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -87,8 +96,6 @@ class ModelFront:
                 f"option.max_model_len = {asked} is more than the model's own {positions} positions; lower it"
             )
         preprocessor = _preprocessor(facts, question)
-        if wrong := contradictions(settings, Path(path), preprocessor):
-            raise ModelLoadError("; ".join(wrong))
         if preprocessor is not None and preprocessor.max_images is not None:
             log.info("a prompt of this model holds at most %d images", preprocessor.max_images)
         image_token, own_template, written = settings.image_placeholder_token, None, None
@@ -108,7 +115,7 @@ class ModelFront:
             written=written,
             preprocessor=preprocessor,
         )
-        return cls(text, preprocessor, facts.accelerators)
+        return cls(text, preprocessor, facts.accelerators, contradictions(settings, Path(path), preprocessor))
 
 
 def _preprocessor(facts: ModelFacts, question: ModelQuestion) -> Preprocessor[Any] | None:

@@ -155,6 +155,7 @@ class EngineGroup:
             spawned: A process that is waiting for its configuration, to become the first replica's.
             spare_after: The pause after a start before a spare process is started, in seconds; None for no spare.
         """
+        self.configs = configs
         self._spare = SpareProcess(spawned, spare_after)
         self.replicas = [
             Replica(

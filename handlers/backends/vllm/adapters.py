@@ -173,14 +173,13 @@ class VllmAdapters:
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._changes.discard(task)
         if not task.cancelled():
-            task.exception()  # Raised to the caller; if that one has left, to nobody.
+            task.exception()  # The caller has seen it, or has left; asyncio would log it.
 
     async def _add(self, info: AdapterInfo) -> None:
         async with self._changing:
             if info.name in self._known:
                 raise Conflict(
-                    f"there is an adapter {info.name!r} already; update it, or choose another name",
-                    param="name",
+                    f"there is an adapter {info.name!r} already; update it, or choose another name", param="name"
                 )
             if len(self._known) >= self._most:
                 raise InsufficientStorage(

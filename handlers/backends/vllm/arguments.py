@@ -14,11 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from handlers.backends.vllm.checkpoint import (
-    replaced_formats,
-    served_dtype,
-    stored_dtype,
-)
+from handlers.backends.vllm.checkpoint import replaced_formats, served_dtype, stored_dtype
 from handlers.backends.vllm.compat import SECRET, Vllm, cpu_takes_block_size, load, registered_names
 from handlers.backends.vllm.devices import model_heads, plan_devices
 from handlers.backends.vllm.outputs import refusal_reason, wrong_fields

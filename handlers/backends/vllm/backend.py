@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from handlers.backends.backend import DevicePlan, Findings, Needs, PromptCheck
+from handlers.backends.backend import DevicePlan, Findings, Needs, PromptCheck, Starting
 from handlers.backends.image_options import contradictions
 from handlers.backends.model_files import no_processor, too_long
 from handlers.backends.vllm.checkpoint import format_warnings, served_dtype, stored_dtype, weight_problems
@@ -31,17 +32,17 @@ class VllmBackend:
     def parser_names(self, option: str) -> frozenset[str]:
         return parser_names(option)
 
-    def build(self, configuration: Configuration, model_path: Path) -> VllmEngine:
+    def build(self, configuration: Configuration, model_path: Path) -> Starting[VllmEngine]:
         from handlers.backends.vllm.engine import VllmEngine
 
-        return VllmEngine(configuration, model_path)
+        return partial(VllmEngine.start, configuration, model_path)
 
-    def part(self, configuration: Configuration, model_path: Path) -> Lifecycle | None:
+    def part(self, configuration: Configuration, model_path: Path) -> Starting[Lifecycle] | None:
         if not follows(configuration.extra_texts):
             return None
         from handlers.backends.vllm.follower import VllmFollower
 
-        return VllmFollower(configuration, model_path)
+        return partial(VllmFollower.start, configuration, model_path)
 
     def examine(
         self,

@@ -1,8 +1,8 @@
 """What vLLM reads of a model's files: the format, the data type, and whether there are weights at all.
 
 vLLM itself finds this out after it has started all its processes. Prompts are tokenised by this server, with
-tokenizer.json; vLLM would use Mistral's own files if it saw them, so it is told which to use: Mistral's for a model
-that has its weights in nothing else, such as Pixtral-12B-2409.
+tokenizer.json. vLLM prefers Mistral's own files where they exist, so the arguments name the files to use: Mistral's
+only for a model that has no other weights, such as Pixtral-12B-2409.
 """
 
 from __future__ import annotations

@@ -80,8 +80,7 @@ class Vllm(SimpleNamespace):
 def installed_version() -> str | None:
     """Return the version of the installed vLLM without importing it; None if it is not installed."""
     return next(
-        (str(node.value) for node in _assigned("__version__", "_version.py") if isinstance(node, ast.Constant)),
-        None,
+        (str(node.value) for node in _assigned("__version__", "_version.py") if isinstance(node, ast.Constant)), None
     )
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from handlers.backends.devices import chosen_devices, unused_on
+from handlers.backends.estimate import completed, first_number
 from handlers.errors import InvalidConfiguration
 from processes.environment import child_command, child_environment
 from processes.inside import die_with_parent
@@ -65,16 +66,16 @@ class Heads:
 def heads_of(config: Mapping[str, Any]) -> Heads | None:
     """Return the heads that a config.json with its family's defaults states; None if it does not."""
     text = text_config(config)
-    attention = _count(text, "num_attention_heads", "n_head", "n_heads")
+    attention = first_number(text, "num_attention_heads", "n_head", "n_heads")
     if attention is None:
         return None
-    key_values = _count(text, "num_key_value_heads", "n_head_kv", "num_kv_heads", "multi_query_group_num")
+    key_values = first_number(text, "num_key_value_heads", "n_head_kv", "num_kv_heads", "multi_query_group_num")
     if "kv_lora_rank" in text:  # with latent attention the devices share no keys and values
         key_values = None
     tower = config.get("vision_config")
     vision = 0
     if isinstance(tower, Mapping) and tower.get("model_type") in _SHARED_TOWERS:
-        vision = _count(tower, "num_attention_heads") or 0
+        vision = first_number(tower, "num_attention_heads") or 0
     return Heads(attention, key_values or attention, vision)
 
 
@@ -85,14 +86,7 @@ def model_heads(directory: Path, config: Mapping[str, Any], *, trust_remote_code
     """
     if trust_remote_code or {"num_attention_heads", "num_key_value_heads"} <= text_config(config).keys():
         return heads_of(config)
-    from handlers.backends.estimate import completed
-
     return heads_of(completed(directory, config))
-
-
-def _count(config: Mapping[str, Any], *names: str) -> int | None:
-    values = (config.get(name) for name in names)
-    return next((value for value in values if isinstance(value, int) and value > 0), None)
 
 
 @dataclass(frozen=True)

@@ -5,26 +5,19 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
 from engine.machine import this_machine
 from handlers import progress
 from handlers.backends.adapters import AdapterFiles
-from handlers.backends.base import (
-    BackendStats,
-    Capabilities,
-    EngineRequest,
-    Health,
-    PromptModel,
-    compute_type,
-    no_engine,
-)
+from handlers.backends.base import BackendStats, Capabilities, EngineRequest, Health, PromptModel, compute_type
 from handlers.backends.vllm import compat
 from handlers.backends.vllm.adapters import LoadedAdapter, VllmAdapters, adapter_slots
 from handlers.backends.vllm.arguments import engine_arguments
@@ -57,6 +50,7 @@ if TYPE_CHECKING:
     from handlers.backends.vllm.compat import Vllm
     from handlers.backends.vllm.sampling import Samplers
     from handlers.request import MediaPart
+    from properties.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +58,6 @@ _THREADS = 2
 
 _ANY_MODEL = ("lmi", "tgi")
 """What clients of LMI and TGI write in `model` when they do not know the model's name."""
-
-T = TypeVar("T")
 
 
 class EngineBuilder:
@@ -118,81 +110,87 @@ class EngineBuilder:
             ) from error
 
 
-@dataclass(frozen=True, slots=True)
-class Serving:
-    """What `VllmEngine.load` has made.
+@dataclass(eq=False)
+class VllmEngine:
+    """See `handlers.backends.base.Engine`; `start` makes one.
 
     Attributes:
-        blocks: Those of the caches of all replicas.
+        vllm: The imported names.
+        samplers: Those of ours that the engine has.
+        loras: What loads adapters; without any if option.enable_lora is not set.
+        supervisor: Holds vLLM's engine, and replaces it.
+        counters: What the engine has reported.
+        prompts: What prompts of its model need.
+        blocks: The blocks of the caches of all replicas.
+        replicas: Replicas of the model.
+        threads: Where slow work on prompts is done.
     """
 
     vllm: Vllm
     samplers: Samplers
-    adapters: VllmAdapters
+    loras: VllmAdapters
     supervisor: EngineSupervisor
+    counters: Counters
     prompts: VllmPrompts
     model: PromptModel
     capabilities: Capabilities
     blocks: int
     replicas: int
+    threads: ThreadPoolExecutor
+    _open: set[VllmStream] = field(default_factory=set)
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
 
-
-class VllmEngine:
-    """See `handlers.backends.base.Engine`."""
-
-    def __init__(self, configuration: Configuration, model_path: Path) -> None:
-        self._configuration = configuration
-        self._settings = configuration.settings
-        self._path = model_path
-        self._counters = Counters()
-        self._supervisor: EngineSupervisor | None = None
-        self._serving: Serving | None = None
-        self._closed = False
-        self._open: set[VllmStream] = set()
-        self._numbers = itertools.count()
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="vllm-prompts")
-
-    async def load(self) -> None:
+    @classmethod
+    async def start(cls, configuration: Configuration, model_path: Path) -> VllmEngine:
+        """Return a loaded engine; see `Backend.build`."""
         progress.current().begin("starting vLLM")
-        try:
-            self._serving = await self._load(await self._in_thread(EngineBuilder, self._configuration, self._path))
-        except EngineError as error:
-            await self.close()
-            raise Unavailable(f"the model cannot be loaded: {error}") from error
-        except BaseException:
-            await self.close()
-            raise
+        async with AsyncExitStack() as undo:
+            threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="vllm-prompts")
+            undo.callback(threads.shutdown, wait=False, cancel_futures=True)
+            try:
+                engine = await cls._started(configuration, model_path, threads, undo)
+            except EngineError as error:
+                raise Unavailable(f"the model cannot be loaded: {error}") from error
+            undo.pop_all()
+            return engine
 
-    async def _load(self, builder: EngineBuilder) -> Serving:
-        settings, vllm = self._settings, builder.vllm
+    @classmethod
+    async def _started(
+        cls, configuration: Configuration, path: Path, threads: ThreadPoolExecutor, undo: AsyncExitStack
+    ) -> VllmEngine:
+        loop, settings = asyncio.get_running_loop(), configuration.settings
+        in_thread = partial(loop.run_in_executor, threads)
+        builder = await in_thread(EngineBuilder, configuration, path)
+        vllm, counters = builder.vllm, Counters()
         # Read before the engine starts, which takes long: what a model lacks is often its tokenizer.
-        tokenizer, parsers = await self._in_thread(self._read_answers)
-        names = {*self._configuration.accepted_names, *_ANY_MODEL} if settings.enable_lora else None
-        adapters = VllmAdapters(vllm, *builder.adapters, self._engine, names)
+        tokenizer, parsers = await in_thread(_read_answers, settings, path)
+        names = {*configuration.accepted_names, *_ANY_MODEL} if settings.enable_lora else None
+        adapters = VllmAdapters(vllm, *builder.adapters, lambda: supervisor.serving, names)
 
         async def prepare(engine: Any) -> None:
             await engine.reset_mm_cache()  # vLLM's profiling leaves dummy images there
             await asyncio.gather(*(warm(vllm, engine, replica) for replica in range(replica_count(engine))))
-            await adapters.load(engine, again=self._serving is not None)
+            await adapters.load(engine, again=supervisor.restarts > 0)
 
-        self._supervisor = supervisor = EngineSupervisor(
-            lambda: builder.build(tokenizer, self._counters),
+        supervisor = EngineSupervisor(
+            lambda: builder.build(tokenizer, counters),
             partial(ask, vllm),
-            self._counters,
+            counters,
             prepare=prepare,
             retry_threshold=settings.retry_threshold,
             loading_seconds=settings.model_loading_timeout,
             suspect_seconds=settings.engine_suspect_timeout,
             stuck_seconds=settings.engine_stuck_timeout or 300.0,
         )
+        undo.push_async_callback(supervisor.close)
         others = engine_children()
-        async with weights_told(self._path, lambda: engine_children() - others):
+        async with weights_told(path, lambda: engine_children() - others):
             await supervisor.start()
         engine = supervisor.engine
         config = engine.vllm_config
-        prompts = await self._in_thread(VllmPrompts, settings, self._path, tokenizer, vllm, engine)
+        prompts = await in_thread(VllmPrompts, settings, path, tokenizer, vllm, engine)
         structured = config.structured_outputs_config
-        vocabulary = await self._in_thread(constraint_vocabulary, structured, prompts.text)
+        vocabulary = await in_thread(constraint_vocabulary, structured, prompts.text)
         if settings.enable_mm_embeds and prompts.images:
             prompts.embeddings = await accepted_embeddings(vllm, engine, prompts)
         if parsers is not None:
@@ -225,48 +223,29 @@ class VllmEngine:
             prompts.text.tokenizer,
             prompts.text.renderer,
             prompts.text.vocab_size,
-            self._threads,
+            threads,
             vocabulary,
             json_whitespace="" if structured.disable_any_whitespace else None,
             spells_words=True,
         )
-        return Serving(vllm, builder.samplers, adapters, supervisor, prompts, model, capabilities, blocks, replicas)
-
-    def _read_answers(self) -> tuple[Any, VllmParsers | None]:
-        """Return the tokenizer, and vLLM's parsers if the options name any. Blocks."""
-        settings = self._settings
-        tokenizer = load_tokenizer(str(self._path), trust_remote_code=settings.trust_remote_code)
-        return tokenizer, vllm_parsers(settings, tokenizer)
-
-    async def _in_thread(self, call: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call, *args)
-
-    @property
-    def _loaded(self) -> Serving:
-        assert self._serving is not None, "load() has not returned"
-        return self._serving
-
-    @property
-    def capabilities(self) -> Capabilities:
-        return self._loaded.capabilities
-
-    @property
-    def model(self) -> PromptModel:
-        return self._loaded.model
+        samplers = builder.samplers
+        return cls(
+            vllm, samplers, adapters, supervisor, counters, prompts, model, capabilities, blocks, replicas, threads
+        )
 
     @property
     def adapters(self) -> AdapterStore | None:
-        return self._loaded.adapters if self._settings.enable_lora else None
+        return self.loras if self.capabilities.adapters else None
 
     async def prepare(
         self, token_ids: list[int], parts: Sequence[MediaPart], request: EngineRequest | None
     ) -> VllmPrompt:
-        engine, serving = self._engine(), self._loaded
-        adapter = None if request is None else serving.adapters.taken(request.adapter, request.model)
+        engine = self.supervisor.serving
+        adapter = None if request is None else self.loras.taken(request.adapter, request.model)
         try:
             theirs = None if request is None else await self._parameters(engine, request)
-            written = serving.prompts.with_placeholders(token_ids, parts)
-            prompt = await place_images(serving.vllm, engine, written, parts, serving.prompts.embeddings)
+            written = self.prompts.with_placeholders(token_ids, parts)
+            prompt = await place_images(self.vllm, engine, written, parts, self.prompts.embeddings)
         except BaseException:
             if adapter is not None:
                 adapter.give_back()
@@ -275,26 +254,21 @@ class VllmEngine:
 
     async def _parameters(self, engine: Any, request: EngineRequest) -> Any:
         """Return vLLM's parameters of a request. Raises InvalidRequest."""
-        serving, constraint = self._loaded, request.constraint
+        constraint = request.constraint
         if constraint is not None and request.grammar is not None:
             constraint = constraint_for_vllm(constraint, request.grammar)
-        theirs = to_vllm(serving.vllm, request.params, request.n, constraint, serving.samplers)
+        theirs = to_vllm(self.vllm, request.params, request.n, constraint, self.samplers)
         if (limits := runner_limits(engine.vllm_config)) is not None:
-            ends, tokenizer = serving.prompts.text.eos_token_ids, engine.get_tokenizer()
-            check = partial(check_runner_limits, serving.vllm, limits, theirs, ends, tokenizer)
-            if theirs.bad_words:
-                await self._in_thread(check)  # which makes tokens of them
+            ends, tokenizer = self.prompts.text.eos_token_ids, engine.get_tokenizer()
+            check = partial(check_runner_limits, self.vllm, limits, theirs, ends, tokenizer)
+            if theirs.bad_words:  # they become tokens
+                await asyncio.get_running_loop().run_in_executor(self.threads, check)
             else:
                 check()
         return theirs
 
     async def generate(self, prompt: VllmPrompt, request: EngineRequest) -> VllmStream:
-        engine, theirs, most, serving = (
-            prompt.engine,
-            prompt.parameters,
-            request.params.max_tokens,
-            self._loaded,
-        )
+        engine, theirs, most = prompt.engine, prompt.parameters, request.params.max_tokens
         try:
             check_prompt_logprobs(request.params, len(prompt.token_ids), request.n)
         except InvalidRequest:
@@ -312,74 +286,66 @@ class VllmEngine:
         param = None if request.constraint is None else request.constraint.param
 
         def failure(error: Exception, begun: bool) -> ServingError:
-            if isinstance(error, serving.vllm.EngineDeadError) and self._closed:
+            if isinstance(error, self.vllm.EngineDeadError) and self.supervisor.closed:
                 return stopping()
-            return failed(serving.vllm, engine, error, param, begun=begun)
+            return failed(self.vllm, engine, error, param, begun=begun)
 
         def ended(stream: VllmStream) -> None:
             prompt.discard()
             self._open.discard(stream)
-            serving.supervisor.in_flight = len(self._open)
+            self.supervisor.in_flight = len(self._open)
 
         stream = VllmStream(
             outputs,
             request,
             images=bool(prompt.images),
-            eos_token_ids=serving.prompts.text.eos_token_ids,
+            eos_token_ids=self.prompts.text.eos_token_ids,
             failure=failure,
             ended=ended,
         )
         self._open.add(stream)
-        serving.supervisor.in_flight = len(self._open)
+        self.supervisor.in_flight = len(self._open)
         await stream.start()
-        serving.supervisor.answered = True
+        self.supervisor.answered = True
         return stream
 
     def health(self) -> Health:
-        if self._serving is None or self._closed:
-            return Health(False, "the model is loading")
-        return self._serving.supervisor.health()
+        return self.supervisor.health()
 
     def stats(self) -> BackendStats:
-        serving, counters = self._serving, self._counters
-        if serving is None or self._closed:
+        if self.supervisor.closed:
             return BackendStats()
+        counters = self.counters
         # vLLM reports nothing after the last request has ended, so its last report is outdated then.
         usage = list(counters.cache_usage.values()) if self._open else []
         running = sum(stream.started for stream in self._open)
-        families = serving.vllm.get_prometheus_registry().collect()
+        families = self.vllm.get_prometheus_registry().collect()
         return BackendStats(
             running=running,
             waiting=len(self._open) - running,
-            kv_blocks_used=round(serving.blocks * sum(usage) / serving.replicas),
-            kv_blocks_total=serving.blocks,
+            kv_blocks_used=round(self.blocks * sum(usage) / self.replicas),
+            kv_blocks_total=self.blocks,
             prefix_cache_queries=counters.prefix_queries,
             prefix_cache_hits=counters.prefix_hits,
             encoder_cache_queries=counters.mm_queries,
             encoder_cache_hits=counters.mm_hits,
             preemptions=counters.preemptions,
-            engine_restarts=serving.supervisor.restarts,
-            replicas=serving.replicas,
-            replicas_ready=serving.replicas if serving.supervisor.health().ready else 0,
+            engine_restarts=self.supervisor.restarts,
+            replicas=self.replicas,
+            replicas_ready=self.replicas if self.supervisor.health().ready else 0,
             series=[family for family in families if family.name.startswith("vllm:")],
         )
 
     async def close(self) -> None:
-        self._closed = True
-        if self._serving is not None:
-            self._serving.adapters.close()
-        if self._supervisor is not None:
-            await self._supervisor.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self.loras.close()
+        await self.supervisor.close()
+        self.threads.shutdown(wait=False, cancel_futures=True)
 
-    def _engine(self) -> Any:
-        """Return the engine that serves now. Raises Unavailable."""
-        if self._closed:
-            raise stopping()
-        supervisor = self._loaded.supervisor
-        if supervisor.engine is None or supervisor.engine.errored:
-            raise no_engine(given_up=supervisor.given_up)
-        return supervisor.engine
+
+def _read_answers(settings: Settings, path: Path) -> tuple[Any, VllmParsers | None]:
+    """Return the tokenizer, and vLLM's parsers if the options name any. Blocks."""
+    tokenizer = load_tokenizer(str(path), trust_remote_code=settings.trust_remote_code)
+    return tokenizer, vllm_parsers(settings, tokenizer)
 
 
 @dataclass(slots=True)

@@ -39,18 +39,20 @@ class VllmFollower:
 
     adapters: AdapterStore | None = None
 
-    def __init__(self, configuration: Configuration, model_path: Path) -> None:
-        self._configuration = configuration
-        self._path = model_path
-        self._supervisor: Supervisor[Workers] | None = None
+    def __init__(self, configuration: Configuration, supervisor: Supervisor[Workers]) -> None:
+        """Use `start`."""
+        self.capabilities = Capabilities(max_model_len=configuration.settings.max_model_len or 0, images=False)
+        self._supervisor = supervisor
 
-    async def load(self) -> None:
+    @classmethod
+    async def start(cls, configuration: Configuration, model_path: Path) -> VllmFollower:
+        """Return when the workers are part of an engine; see `Backend.part`."""
         from handlers.backends.vllm.engine import EngineBuilder
 
         progress.current().begin("starting vLLM")
         # Made as on the first machine, so that the parts of the engine agree about samplers and adapters.
-        arguments = (await asyncio.to_thread(EngineBuilder, self._configuration, self._path)).arguments
-        settings = self._configuration.settings
+        arguments = (await asyncio.to_thread(EngineBuilder, configuration, model_path)).arguments
+        settings = configuration.settings
         supervisor = Supervisor(
             _PART,
             lambda: Workers.start(arguments, settings.model_loading_timeout),
@@ -58,26 +60,19 @@ class VllmFollower:
             retry_threshold=settings.retry_threshold + 1,
         )
         await supervisor.start()
-        self._supervisor = supervisor
-
-    @property
-    def capabilities(self) -> Capabilities:
-        return Capabilities(max_model_len=self._configuration.settings.max_model_len or 0, images=False)
+        return cls(configuration, supervisor)
 
     def health(self) -> Health:
         supervisor = self._supervisor
-        if supervisor is None:
-            return Health(False, f"{_PART} is being started")
         if supervisor.current is not None:
             return Health(True, "ready")
         return Health(False, supervisor.reason(_PART), lost=supervisor.given_up)
 
     def stats(self) -> BackendStats:
-        return BackendStats(engine_restarts=0 if self._supervisor is None else self._supervisor.restarts)
+        return BackendStats(engine_restarts=self._supervisor.restarts)
 
     async def close(self) -> None:
-        if self._supervisor is not None:
-            await self._supervisor.close()
+        await self._supervisor.close()
 
 
 class Workers:

@@ -90,7 +90,7 @@ class VllmParsers:
                 is_harmony=bool(_HARMONY & {tools, reasoning}),
             )
             parser, request = self._opened(kind, ParserContext([_EXAMPLE] if tools is not None else []))
-        # Whatever one of several dozen parsers raises for a tokenizer that is not its model's.
+        # vLLM has dozens of parsers, and any of them may raise anything for the tokenizer of another model.
         except Exception as error:
             raise InvalidConfiguration(
                 f"{key_of(option)} = {name!r}: vLLM's parser cannot read this model's answers: {error}"
@@ -139,11 +139,7 @@ class VllmParser:
     """
 
     def __init__(
-        self,
-        open_parser: Callable[[], tuple[Any, Any]],
-        tokenizer: Any,
-        prompt_token_ids: Sequence[int],
-        name: str,
+        self, open_parser: Callable[[], tuple[Any, Any]], tokenizer: Any, prompt_token_ids: Sequence[int], name: str
     ) -> None:
         """open_parser: makes vLLM's parser and the request that it is given. name: for the log."""
         self.open_parser = open_parser
@@ -174,10 +170,7 @@ class VllmParser:
             parser, request = self._opened
             parser.set_prompt_token_ids(self._prompt_token_ids)
             reasoning, content, calls = parser.parse(
-                text,
-                request,
-                enable_auto_tools=True,
-                model_output_token_ids=list(token_ids) or self._encode(text),
+                text, request, enable_auto_tools=True, model_output_token_ids=list(token_ids) or self._encode(text)
             )
             pieces: list[Piece] = [Reasoning(reasoning)] if reasoning else []
             if content:

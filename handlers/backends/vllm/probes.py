@@ -1,6 +1,6 @@
-"""What an engine is seen to do: its counts, and its answers to small requests of our own.
+"""An engine's statistics, and small requests of our own to it.
 
-Those requests find out whether it answers and whether it accepts embeddings, and have it compile what it needs.
+The requests find out whether the engine answers and whether it accepts embeddings, and have it compile its kernels.
 """
 
 from __future__ import annotations

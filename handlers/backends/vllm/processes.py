@@ -70,7 +70,7 @@ class ProcessTree:
                 except OSError:  # without a free file descriptor psutil cannot check whose the id is
                     os.kill(process.pid, signal.SIGKILL)
         end = time.monotonic() + seconds
-        while left := [process for process in members if not _gone(process)]:
+        while left := [process for process in members if _running(process, threads=True)]:
             if time.monotonic() > end:
                 return left
             time.sleep(POLL_SECONDS)
@@ -91,24 +91,19 @@ def engine_children() -> frozenset[int]:
     )
 
 
-def _running(process: psutil.Process) -> bool:
-    """Whether it has not ended. True if that cannot be found out, for want of file descriptors."""
+def _running(process: psutil.Process, *, threads: bool = False) -> bool:
+    """Whether a process runs; True if that cannot be found out, for want of file descriptors.
+
+    threads: whether a zombie with threads counts as running, since its memory is not free yet.
+    """
     try:
-        return process.is_running() and process.status() not in _ENDED
+        if not process.is_running():
+            return False
+        return process.status() not in _ENDED or (threads and process.num_threads() > 1)
     except psutil.NoSuchProcess:
         return False
     except (psutil.Error, OSError):
         return True
-
-
-def _gone(process: psutil.Process) -> bool:
-    """Whether it has ended with all its threads, so that its memory is free, even if it is still a zombie."""
-    try:
-        return not process.is_running() or (process.status() in _ENDED and process.num_threads() <= 1)
-    except psutil.NoSuchProcess:
-        return True
-    except (psutil.Error, OSError):
-        return False
 
 
 def _with_descendants(roots: Iterable[psutil.Process]) -> list[psutil.Process]:

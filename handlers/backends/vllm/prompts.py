@@ -23,13 +23,7 @@ from handlers.backends.base import no_engine
 from handlers.backends.embeddings import EmbeddingsWanted
 from handlers.backends.mistral_format import mistral_weights_alone
 from handlers.backends.model_text import ModelText
-from handlers.backends.vllm.compat import (
-    accepts_images,
-    embedding_fields,
-    image_placeholder,
-    mistral_tokens,
-    most_rows,
-)
+from handlers.backends.vllm.compat import accepts_images, embedding_fields, image_placeholder, mistral_tokens, most_rows
 from handlers.backends.vllm.outputs import refused
 from handlers.errors import ImageError, InvalidRequest
 from handlers.prompts.chat_templates import read_chat_templates
@@ -263,8 +257,7 @@ async def _image_data(parts: Sequence[MediaPart], embeddings: EmbeddingsWanted |
         return [part.loaded.image for part in parts if isinstance(part, ImagePart) and part.loaded]
     if embeddings is None:
         raise InvalidRequest(
-            "image_embeds: this model's images cannot be sent as embeddings; send the images",
-            param=EMBEDDINGS,
+            "image_embeds: this model's images cannot be sent as embeddings; send the images", param=EMBEDDINGS
         )
     return await asyncio.to_thread(_embedding_data, embeddings.checked(embedded), embeddings.dtype)
 

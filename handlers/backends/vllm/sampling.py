@@ -110,7 +110,7 @@ def offer(arguments: MutableMapping[str, Any]) -> Samplers:
         config = {}
     given = list(arguments.get("logits_processors") or ())
     lacking = None
-    # With `speculators_config`, vLLM switches speculative decoding on by itself.
+    # With `speculators_config`, vLLM turns speculative decoding on without being asked.
     if arguments.get("speculative_config") or config.get("speculators_config"):
         lacking = "with speculative decoding"
     elif arguments.get("return_sampling_mask"):
@@ -131,11 +131,7 @@ def wanted(params: SamplingParams) -> bool:
 
 
 def to_vllm(
-    vllm: Vllm,
-    params: RequestSampling,
-    n: int,
-    constraint: Constraint | None = None,
-    samplers: Samplers = HAS_ALL,
+    vllm: Vllm, params: RequestSampling, n: int, constraint: Constraint | None = None, samplers: Samplers = HAS_ALL
 ) -> Any:
     """Return vLLM's SamplingParams, with which each output holds only what is new.
 

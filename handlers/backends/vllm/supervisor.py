@@ -9,10 +9,11 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from handlers.backends.base import Health
+from handlers.backends.base import Health, no_engine
 from handlers.backends.vllm.compat import engine_process_ids, expect_the_end, fail_requests, replica_count
 from handlers.backends.vllm.probes import Counters
 from handlers.backends.vllm.processes import ProcessTree, engine_children
+from handlers.errors import stopping
 from processes.guard import Guard
 from processes.supervisor import FIRST_PAUSE_SECONDS, Supervisor
 
@@ -35,6 +36,7 @@ class EngineSupervisor(Supervisor["RunningEngine"]):
     Attributes:
         in_flight: How many requests are in flight.
         answered: Whether the engine that serves now has answered a request.
+        closed: Whether `close` has been called.
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class EngineSupervisor(Supervisor["RunningEngine"]):
         self.idle = idle_seconds
         self.look = look_seconds
         self.in_flight = 0
-        self.answered = False
+        self.answered = self.closed = False
         self._build = build
         self._prepare = prepare
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="vllm-engine")
@@ -91,6 +93,15 @@ class EngineSupervisor(Supervisor["RunningEngine"]):
     @property
     def engine(self) -> Any:
         return None if self.current is None else self.current.engine
+
+    @property
+    def serving(self) -> Any:
+        """The engine that serves now. Raises Unavailable."""
+        if self.closed:
+            raise stopping()
+        if self.engine is None or self.engine.errored:
+            raise no_engine(given_up=self.given_up)
+        return self.engine
 
     def health(self) -> Health:
         """Return whether the engine serves now."""
@@ -102,6 +113,7 @@ class EngineSupervisor(Supervisor["RunningEngine"]):
 
     async def close(self) -> None:
         """End the engine's processes. Never raises; safe to call twice."""
+        self.closed = True
         await super().close()
         await self._guard.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -139,7 +151,7 @@ class EngineSupervisor(Supervisor["RunningEngine"]):
 class RunningEngine:
     """An engine that serves (see `processes.supervisor.Supervised`).
 
-    With data parallelism each replica is watched by itself: one may hang while the others answer.
+    With data parallelism each replica is watched separately: one may hang while the others answer.
 
     Attributes:
         asked: The time since which a replica owes a token, for those that do.
@@ -217,15 +229,21 @@ class RunningEngine:
             owner.signs[replica] = max(asked, owner.signs[replica])
 
     async def _until_answered(self, replica: int) -> None:
+        asking = asyncio.current_task()
+        assert asking is not None
         while True:
             try:
                 return await self._owner.ask(self.engine, replica)
+            except asyncio.CancelledError:
+                if asking.cancelling():
+                    raise
+                # vLLM itself has dropped the question, which says nothing about the engine.
             except Exception:
                 # A refusal is no answer, since the requests that a hung engine holds fill its queue. Replicas share one
                 # queue, which the other ones may have filled.
                 if self._replicas > 1:
                     return
-                await asyncio.sleep(self._owner.look)
+            await asyncio.sleep(self._owner.look)
 
 
 def _kill(engine: Any, tree: ProcessTree) -> None:

@@ -147,7 +147,7 @@ def test_an_image_of_which_nothing_would_be_left_is_refused(path: Path, preproce
 
     async def scenario() -> None:
         async with loaded(path) as backend:
-            part = ImagePart("data:", LoadedImage(thin, b"thin"))
+            part = ImagePart("data:", loaded=LoadedImage(thin, b"thin"))
             request = GenerationRequest("id", ChatPrompt([Message("user", [part])]), RequestSampling())
             with pytest.raises(ImageError):
                 await backend.generate(request)

@@ -115,11 +115,9 @@ spawned = []
 sys.addaudithook(lambda event, given: spawned.append(given[1][-2]) if event == "subprocess.Popen" else None)
 
 async def main():
-    backend = RollingEngine(SimpleNamespace(settings=Settings(kv_cache_memory_mb=8)), Path(sys.argv[1]))
-    try:
-        await backend.load()
-    finally:
-        await backend.close()
+    settings = Settings(kv_cache_memory_mb=8)
+    backend = await RollingEngine.start(SimpleNamespace(settings=settings), Path(sys.argv[1]))
+    await backend.close()
     return backend.health().ready, backend.capabilities.images
 
 print(json.dumps([*asyncio.run(main()), spawned, "torch" in sys.modules]))

@@ -123,7 +123,7 @@ def test_every_parameter_reaches_the_engine() -> None:
 
 
 def test_unknown_and_harmless_parameters_are_accepted(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG, "handlers.protocols.body")
+    caplog.set_level(logging.DEBUG, "handlers.protocols.known_names")
     harmless = {"watermark": True, "length_penalty": 2, "early_stopping": True, "num_beams": 1}
     assert sampling(best_of=1, n=1, whatever=[1], details=None, **harmless) == sampling()
     assert caplog.messages == ["unknown parameter ignored: whatever"]

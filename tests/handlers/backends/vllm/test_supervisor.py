@@ -39,7 +39,7 @@ class ScriptedEngine:
 class House:
     """Builds scripted engines; `fail` counts how many of the next ones cannot be built.
 
-    full: who asks one for a token is refused; `refused` counts them.
+    full: who asks one for a token is refused; `refused` counts them. dropped: vLLM drops the question.
     """
 
     def __init__(self, replicas: int = 1, stuck: float = 60.0, **options: Any) -> None:
@@ -47,7 +47,7 @@ class House:
         self.replicas = replicas
         self.fail = 0
         self.error: Exception = RuntimeError("no memory")
-        self.full = False
+        self.full = self.dropped = False
         self.refused = 0
         self.process: Any = None
         """What the next engine is."""
@@ -76,6 +76,8 @@ class House:
         if self.full:
             self.refused += 1
             raise RuntimeError("the queue is full")
+        if self.dropped:
+            raise asyncio.CancelledError
         if not engine.answers[replica]:
             await asyncio.Event().wait()
 
@@ -180,6 +182,35 @@ def test_who_was_refused_asks_again() -> None:
         house.full = True
         await until(lambda: house.supervisor.health().reason == "the engine does not answer")
         house.full = False
+        await until(lambda: house.supervisor.health().ready)
+        assert len(house.built) == 1
+        await house.supervisor.close()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_question_that_vllm_drops_is_no_answer(replicas: int) -> None:
+    async def scenario() -> None:
+        house = House(replicas, stuck=1.0)
+        await house.supervisor.start()
+        house.dropped = True
+        await until(lambda: house.supervisor.health().reason == "the engine does not answer")
+        await until(lambda: bool(house.built[0].told))
+        house.dropped = False
+        await until(lambda: len(house.built) == 2 and house.supervisor.health().ready)
+        await house.supervisor.close()
+
+    run(scenario)
+
+
+def test_a_question_that_vllm_drops_is_asked_again() -> None:
+    async def scenario() -> None:
+        house = House()
+        await house.supervisor.start()
+        house.dropped = True
+        await until(lambda: house.supervisor.health().reason == "the engine does not answer")
+        house.dropped = False
         await until(lambda: house.supervisor.health().ready)
         assert len(house.built) == 1
         await house.supervisor.close()
