@@ -38,12 +38,12 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # The stamps: installed again only when what to install has changed.
-$(VENV)/installed-base: pyproject.toml constraints.txt engine/attention/decodes.c | $(BIN)/python
+$(VENV)/installed-base: pyproject.toml constraints.txt $(wildcard engine/native/*.c) | $(BIN)/python
 	@echo "Installing into $(VENV) (a minute or two the first time) ..."
 	$(PIP) -c constraints.txt -e .
 	@touch $@
 
-$(VENV)/installed-dev: pyproject.toml constraints.txt engine/attention/decodes.c | $(BIN)/python
+$(VENV)/installed-dev: pyproject.toml constraints.txt $(wildcard engine/native/*.c) | $(BIN)/python
 	@echo "Installing into $(VENV) with the development tools (a minute or two the first time) ..."
 	$(PIP) -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/installed-base

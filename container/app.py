@@ -38,7 +38,8 @@ from handlers.errors import (
 )
 from handlers.protocols.base import JSON, Route
 from handlers.protocols.errors import client_error, error_reply, own_words_of
-from handlers.protocols.lmi.sagemaker import INVOKE_ROUTES, MOST_SECONDS, are_lines
+from handlers.protocols.lmi.batch_transform import MOST_SECONDS, are_lines
+from handlers.protocols.lmi.sagemaker import INVOKE_ROUTES
 from handlers.request import Incoming, Reply
 from handlers.service import error_format
 from properties.configuration import Configuration

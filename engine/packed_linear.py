@@ -3,17 +3,20 @@
 `torch.nn.functional.linear` reorders the weights in each call. For the few rows of a decode step this costs
 as much as the product itself: with packed weights, 4 to 16 rows take 0.4 to 0.6 of the time on AVX512, and
 about 0.8 in float32 on AVX2. Float32 weights that are as exact in float16, as those stored in bfloat16 nearly always
-are, are kept in it and multiplied in float32 (FBGEMM), which reads half the memory. Where it is asked for, the weights
-of a decoder become integers of 8 bits, at the price of other answers (`quantize`).
+are, are kept in it and multiplied in float32 (FBGEMM), which reads half the memory. In bfloat16 our own code multiplies
+few rows, where the processor has the instructions (`engine/native/products.c`). Where it is asked for, the weights of a
+decoder become integers of 8 bits, at the price of other answers (`quantize`).
 """
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
 
 from engine.machine import computes_bfloat16
+from engine.native.library import compiled, multiplies_bfloat16
 
 ROWS = 16
 """Number of rows for which the weights are packed. oneDNN packs for 64 in the same way; for one row it packs
@@ -21,6 +24,12 @@ differently, which is slower from two rows on."""
 
 SMALLEST = 1 << 18
 """Smallest number of weights in a layer for which packing pays: a call of a packed layer costs 10 us more."""
+
+FEW_ROWS = 64
+"""Greatest number of rows that `products.c` multiplies: oneDNN takes 1.4 times as long for 16, and 1.1 times for 64."""
+
+BLOCK = 64
+"""Number of columns that oneDNN and `products.c` store together."""
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -44,6 +53,34 @@ class PackedLinear(torch.nn.Linear):
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Map rows [..., in_features] to [..., out_features]."""
         out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self.bias, "none", [], "")
+        return out
+
+
+class FewRowsLinear(PackedLinear):
+    """A packed linear layer in bfloat16 that multiplies few rows by compiled code, which reads oneDNN's own weights."""
+
+    _columns: int
+    _inner: int
+    _address: int
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Map rows [..., in_features] to [..., out_features]."""
+        count = rows.numel() // self._inner
+        library = compiled()
+        if count > FEW_ROWS or library is None:
+            return super().forward(rows)
+        rows = rows.contiguous()
+        out = rows.new_empty(*rows.shape[:-1], self._columns)
+        library.multiply_bfloat16(
+            rows.data_ptr(),
+            count,
+            self._inner,
+            self._address,
+            None if self.bias is None else self.bias.data_ptr(),
+            out.data_ptr(),
+            self._columns,
+            torch.get_num_threads(),
+        )
         return out
 
 
@@ -120,6 +157,26 @@ def pack(model: torch.nn.Module) -> None:
         layer.__class__ = HalfLinear if half else PackedLinear
         assert isinstance(layer, PackedLinear)
         layer._packed, layer.weight_bytes = packed, weight.nbytes // (2 if half else 1)
+        if weight.dtype == torch.bfloat16 and multiplies_bfloat16() and _in_blocks(packed, weight):
+            layer.__class__ = FewRowsLinear
+            assert isinstance(layer, FewRowsLinear)
+            layer._columns, layer._inner = weight.shape
+            layer._address = torch.ops.mkldnn.data_ptr(packed)
+
+
+def _in_blocks(packed: Any, weight: torch.Tensor) -> bool:
+    """Tell whether oneDNN has stored bfloat16 weights as `products.c` reads them: [columns / 64, inner / 2, 64, 2].
+
+    That is its own business, and differs with its version, the processor and the size; so the first and the last block
+    are compared.
+    """
+    columns, inner = weight.shape
+    if columns % BLOCK or inner % 2 or torch.ops.mkldnn._nbytes(packed) != weight.nbytes:
+        return False
+    memory = (ctypes.c_char * weight.nbytes).from_address(torch.ops.mkldnn.data_ptr(packed))
+    stored = torch.frombuffer(memory, dtype=torch.bfloat16).view(columns // BLOCK, inner // 2, BLOCK, 2)
+    given = weight.view(columns // BLOCK, BLOCK, inner // 2, 2).transpose(1, 2)
+    return all(torch.equal(stored[block], given[block]) for block in (0, -1))
 
 
 def quantize(decoder: torch.nn.Module) -> None:

@@ -30,10 +30,10 @@ def started(model: str, flags: tuple[str, ...]) -> tuple[subprocess.Popen[bytes]
 
 
 @serve.deployment(
-    max_ongoing_requests=1256,  # max_rolling_batch_size and job_queue_size: the server itself refuses what is more
+    max_ongoing_requests=1256,  # max_rolling_batch_size plus job_queue_size: the server refuses more
     health_check_timeout_s=5,
     graceful_shutdown_timeout_s=40,
-    ray_actor_options={"num_cpus": 1},  # "num_gpus": 1 for one GPU a replica, which the server then sees
+    ray_actor_options={"num_cpus": 1},  # "num_gpus": 1 gives each replica one GPU
 )
 class Lmi:
     async def __init__(self, model: str, *flags: str) -> None:
@@ -59,7 +59,7 @@ class Lmi:
             raise RuntimeError("/ping is not 200")
 
     def __del__(self) -> None:
-        self._process.terminate()  # it finishes what runs, within drain_timeout
+        self._process.terminate()  # running requests finish, within drain_timeout
         self._process.wait()
 
     async def _ready(self) -> bool:

@@ -33,8 +33,6 @@ class Delta:
     """What one step added to choice number `index` (0 to n-1).
 
     Attributes:
-        index: The number of the choice.
-        token_ids: The new tokens.
         text: Whole characters only; it may lag behind `token_ids` while a character or a stop string is undecided.
         logprobs: One entry for each new token, if they were asked for.
         finish_reason: Why the choice has ended; None while it continues.
@@ -66,7 +64,6 @@ class PromptStats:
         prompt_tokens: Including the placeholders of images.
         image_tokens: Those of the placeholders alone.
         cached_tokens: How many were found in the prefix cache.
-        prompt_token_ids: The tokens.
         prompt_text: The text that they were made of.
         prompt_logprobs: If they were asked for; the first entry is None.
         first_token_text: The text of the first token, which goes with `prompt_logprobs`.
@@ -101,7 +98,6 @@ class TokenizedPrompt:
 
     Attributes:
         text: What the tokens were made of, with a placeholder for each image.
-        token_ids: The tokens.
         pieces: The tokens as the vocabulary spells them.
         spans: Where each token is in `text`, (start, stop) in characters; (0, 0) for one that was added to the text.
             All tokens of an image have the span of its placeholder.

@@ -42,9 +42,10 @@ class InvalidRequest(ServingError):
 
 
 class InvalidParameter(InvalidRequest):
-    """A sampling parameter has a value that cannot be used.
+    """A field has a value that cannot be used; the message begins with the field's name.
 
-    It is raised with the parameter's name in `SamplingParams`. problem: the part of the message after the name.
+    Where a sampling parameter is checked, that is its name in `SamplingParams`, until `rename`. problem: the part of
+    the message after the name.
     """
 
     def __init__(self, name: str, problem: str) -> None:

@@ -1,4 +1,4 @@
-"""A request while its answers are generated: its admission, its task with deadline and counts, its streamed reply."""
+"""A request while its answers are generated: its images, its deadline, and its counts."""
 
 from __future__ import annotations
 
@@ -7,74 +7,16 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from dataclasses import replace
-from types import TracebackType
 from typing import Any, TypeVar
 
+from handlers.admission import Permit
 from handlers.deltas import Delta, PromptStats, total
-from handlers.errors import (
-    DeadlineExceeded,
-    EngineFailed,
-    ImagesLost,
-    InvalidRequest,
-    ServingError,
-    overloaded,
-    stopping,
-)
+from handlers.errors import DeadlineExceeded, EngineFailed, ImagesLost, InvalidRequest, ServingError, stopping
 from handlers.images.loader import ImageLoader
 from handlers.pipeline import Generation, Pipeline
 from handlers.protocols.base import Answer, Answered, ErrorFormat, Task
 from handlers.protocols.errors import client_error, error_reply, log_error, own_words_of
-from handlers.request import GenerationRequest, MediaPart, Observer, Reply, RequestFacts
-
-
-class Admission:
-    """Counts answers that are generated or waited for. `capacity` is max_rolling_batch_size + job_queue_size."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.taken = 0
-
-    @property
-    def free(self) -> int:
-        return self.capacity - self.taken
-
-    def admit(self, answers: int) -> Permit:
-        """Return a permit for this many answers at once.
-
-        Raises:
-            Overloaded: There is no space for them now.
-            InvalidRequest: They are more than `capacity`.
-        """
-        if answers > self.capacity:
-            raise InvalidRequest(
-                f"the request asks for {answers} answers (n for each prompt); this server takes at most "
-                f"{self.capacity} at once (max_rolling_batch_size and job_queue_size)"
-            )
-        if self.taken + answers > self.capacity:
-            raise overloaded()
-        self.taken += answers
-        return Permit(self, answers)
-
-
-class Permit:
-    """The queue places of one request. Releasing it twice has no effect."""
-
-    def __init__(self, admission: Admission, answers: int) -> None:
-        self._admission = admission
-        self._answers = answers
-
-    def release(self) -> None:
-        self._admission.taken -= self._answers
-        self._answers = 0
-
-    def __enter__(self) -> Permit:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
-
+from handlers.request import MediaPart, Observer, Reply, RequestFacts
 
 log = logging.getLogger(__name__)
 
@@ -90,8 +32,10 @@ _MOST_MERGED = 256
 class GenerationTask:
     """Holds the permit, the images and the generations of one task, and gives them back once, in `close`.
 
-    Call `answers` or, for a stream, `deltas`, and only once. Whoever made one must `close` it, also after an error
-    or a cancellation.
+    It fills in the facts, and notifies the observer, as the task proceeds.
+
+    Call `answers` or, for a stream, `deltas`, and only once. Its maker must `close` it, also after an error or a
+    cancellation.
     """
 
     def __init__(
@@ -105,18 +49,7 @@ class GenerationTask:
         deadline: float,
         keep: Callable[[int], None],
     ) -> None:
-        """Take over an admitted task.
-
-        Args:
-            task: What the client asked for.
-            permit: The admission, released by `close`.
-            pipeline: Generates the answers.
-            images: Loads the task's images.
-            facts: Filled in as the task proceeds.
-            observer: Notified of what happens to the task, for metrics.
-            deadline: In `time.monotonic()` seconds.
-            keep: See `Incoming`.
-        """
+        """Take over an admitted task. deadline: in `time.monotonic()` seconds. keep: see `Incoming`."""
         self.task = task
         self.facts = facts
         self._pipeline = pipeline
@@ -150,16 +83,10 @@ class GenerationTask:
         return self._limit
 
     def failure(self, error: Exception | asyncio.CancelledError) -> ServingError:
-        """Convert an exception of this task to the error that the client gets, and note it in the facts.
-
-        Args:
-            error: If it is a CancelledError, one for which `is_cancelled` is false.
-        """
+        """Return the error that the client gets for an exception of this task, and note it in the facts."""
         if isinstance(error, TimeoutError) and self._limit.expired():
             known: ServingError = DeadlineExceeded()
             known.__cause__ = error
-        elif isinstance(error, asyncio.CancelledError):
-            known = stopping(error)
         else:
             known = client_error(error, self.facts.request_id)
         self.facts.error, self.facts.reason = known.kind, own_words_of(known)
@@ -204,14 +131,14 @@ class GenerationTask:
             async for delta in self._checked(number):
                 await merged.put(replace(delta, index=before + delta.index) if before else delta)
         except (Exception, asyncio.CancelledError) as error:
-            if isinstance(error, asyncio.CancelledError) and is_cancelled():
+            if cancels_this(error):
                 raise
             await merged.put(error if isinstance(error, Exception) else stopping(error))
         else:
             await merged.put(None)
 
     async def _checked(self, number: int) -> AsyncIterator[Delta]:
-        """Yield the deltas of a prompt that is being generated, and count them."""
+        """Yield the deltas of a prompt that is being generated, and count them. Raises ServingError."""
         unfinished = self.task.requests[number].n
         last = [0.0] * unfinished
         async for delta in self._generations[number]:
@@ -233,7 +160,7 @@ class GenerationTask:
             try:
                 await generation.aclose()
             except asyncio.CancelledError as error:
-                if is_cancelled():
+                if cancels_this(error):
                     cancelled = error
             except Exception:
                 log.exception("request %s: the engine failed to abort", self.facts.request_id)
@@ -283,19 +210,13 @@ class GenerationTask:
 
     async def _answer(self, number: int) -> Answered:
         try:
-            return await self._answered(await self._generate(number), self.task.requests[number])
+            generation = await self._generate(number)
+            answers = [Answer() for _ in range(self.task.requests[number].n)]
+            async for delta in self._checked(number):
+                answers[delta.index].add(delta)
+            return Answered(generation.stats, answers)
         finally:
             _release(self._media[number])
-
-    async def _answered(self, generation: Generation, request: GenerationRequest) -> Answered:
-        answers = [Answer() for _ in range(request.n)]
-        last = [0.0] * request.n
-        async for delta in generation:
-            self._count(delta, last)
-            answers[delta.index].add(delta)
-        if any(answer.finish_reason is None for answer in answers):
-            raise EngineFailed("the engine ended the answer too early")
-        return Answered(generation.stats, answers)
 
     def _count(self, delta: Delta, last: list[float]) -> None:
         """Count a delta. last: the time of each answer's last token."""
@@ -310,13 +231,8 @@ class GenerationTask:
         facts.completion_tokens += len(delta.token_ids)
         if delta.finish_reason is not None:
             if delta.finish_reason == "abort":
-                raise self._aborted()
+                raise DeadlineExceeded() if now >= self._deadline else EngineFailed("the engine aborted the request")
             facts.finish_reason = delta.finish_reason
-
-    def _aborted(self) -> DeadlineExceeded | EngineFailed:
-        if time.monotonic() >= self._deadline:
-            return DeadlineExceeded()
-        return EngineFailed("the engine aborted the request")
 
     def _complete_facts(self) -> None:
         facts = self.facts
@@ -341,13 +257,10 @@ async def _together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def is_cancelled() -> bool:
-    """Whether a CancelledError is about this task, rather than about something that it awaited.
-
-    What a request awaits is cancelled only when the server stops (see `stopping`).
-    """
+def cancels_this(error: BaseException) -> bool:
+    """Whether an exception cancels the current task, rather than something that it awaited."""
     task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+    return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
 
 
 def refusal(
@@ -356,14 +269,11 @@ def refusal(
     """Return the reply to a request that failed before its reply began; it is logged, counted and noted in its facts.
 
     Raises:
-        CancelledError: The error itself, if it cancels this very task.
+        CancelledError: The error itself, if it cancels the current task.
     """
-    if isinstance(error, asyncio.CancelledError):
-        if is_cancelled():
-            raise error
-        known: ServingError = stopping(error)
-    else:
-        known = client_error(error, facts.request_id)
+    if cancels_this(error):
+        raise error
+    known = client_error(error, facts.request_id)
     log_error(known, facts.request_id)
     observer.on_error(known.kind)
     reply = error_reply(known, written)
@@ -375,121 +285,3 @@ def refusal(
 def _release(parts: Sequence[MediaPart]) -> None:
     for part in parts:
         part.release()
-
-
-MOST_WAITING = 2**20
-"""Bytes of a reply that may wait for its client; one chunk may exceed this."""
-
-
-class ReplyStream:
-    """The chunks of one `GenerationTask` that has its first delta. Exhaust it or `aclose` it.
-
-    A separate task reads the engine, so that a slow client delays nobody and gets everything that has waited in one
-    chunk. It stops the task at the end of generation; the task is closed, and its places are free, once everything has
-    been read. While more than `MOST_WAITING` bytes are waiting it stops reading, and it gives up after `read_timeout`.
-    """
-
-    def __init__(
-        self,
-        generating: GenerationTask,
-        first: Delta,
-        rest: AsyncIterator[Delta],
-        observer: Observer,
-        *,
-        keep_alive: float,
-        read_timeout: float,
-    ) -> None:
-        """keep_alive: seconds of silence after which a comment is sent."""
-        self._generating = generating
-        self._rest = rest
-        self._observer = observer
-        self._writer = generating.task.writer
-        self._read_timeout = read_timeout
-        self._ready: list[bytes] = []
-        self._size = 0
-        self._room: asyncio.Future[None] | None = None
-        self._waiting: asyncio.Future[None] | None = None
-        self._silent = False
-        self._timer: asyncio.TimerHandle | None = None
-        self._interval = keep_alive if self._writer.keep_alive else None
-        self._put(self._writer.chunk(first, generating.stats_of(first.index)))
-        self._reader = asyncio.create_task(self._read())
-        self._tick()
-
-    def __aiter__(self) -> ReplyStream:
-        return self
-
-    async def __anext__(self) -> bytes:
-        while not self._ready:
-            if self._reader.done():
-                await self.aclose()
-                raise StopAsyncIteration
-            self._waiting = asyncio.get_running_loop().create_future()
-            await self._waiting
-        chunks, self._ready, self._size = self._ready, [], 0
-        if self._room is not None and not self._room.done():
-            self._room.set_result(None)
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
-
-    async def aclose(self) -> None:
-        """Abort what is still running; safe to call twice, and from another task than the one that iterates."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._reader.cancel()
-        try:
-            await asyncio.wait([self._reader])
-        finally:
-            await self._generating.close()
-            self._wake()
-
-    async def _read(self) -> None:
-        generating, writer = self._generating, self._writer
-        try:
-            async with generating.time_limit():
-                async for delta in self._rest:
-                    self._put(writer.chunk(delta, generating.stats_of(delta.index)))
-                    if self._size > MOST_WAITING:
-                        await self._wait_for_room()
-            self._put(writer.end(generating.stats))
-        except (Exception, asyncio.CancelledError) as error:
-            if isinstance(error, asyncio.CancelledError) and is_cancelled():
-                raise
-            known = generating.failure(error)
-            log_error(known, generating.facts.request_id)
-            self._observer.on_error(known.kind)
-            self._put(writer.failed(known))
-        finally:
-            self._reader.add_done_callback(lambda _: self._wake())
-            await generating.stop()
-
-    async def _wait_for_room(self) -> None:
-        self._room = asyncio.get_running_loop().create_future()
-        try:
-            async with asyncio.timeout(self._read_timeout) as limit:
-                await self._room
-        except TimeoutError as error:
-            if not limit.expired():
-                raise
-            raise DeadlineExceeded(
-                f"the reply was not read for {self._read_timeout:g} seconds (chunked_read_timeout)"
-            ) from error
-
-    def _put(self, chunk: bytes) -> None:
-        if chunk:
-            self._silent = False
-            self._ready.append(chunk)
-            self._size += len(chunk)
-            self._wake()
-
-    def _wake(self) -> None:
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_result(None)
-
-    def _tick(self) -> None:
-        """Add a comment at each interval in which nothing else was added."""
-        if self._interval is None or self._reader.done():
-            return
-        if self._silent and not self._ready:
-            self._put(self._writer.keep_alive)
-        self._silent = True
-        self._timer = asyncio.get_running_loop().call_later(self._interval, self._tick)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
 from engine.sampling_params import MAX_BAD_WORDS, MAX_BREAKERS, SamplingParams, bounded
 
@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     from PIL.Image import Image
+
+
+L = TypeVar("L")
+G = TypeVar("G")
 
 
 @dataclass(slots=True)
@@ -29,10 +33,8 @@ class Incoming:
         model: The model named in the path; None if the route names none.
         parsed: Called once the body has been parsed, just before the request enters the queue.
         keep: Called once the engine has all images, with the number of bytes of the body that are still held.
-        method: The HTTP method.
         query: The first value of each parameter.
         adapter: The adapter named in the path; "" if the route names none.
-        size: The size of the body, in bytes.
     """
 
     route: str
@@ -72,7 +74,6 @@ class LoadedImage:
     """A decoded image: upright, RGB, shared and therefore never changed.
 
     Attributes:
-        image: The pixels.
         digest: SHA-256 of the encoded file, which determines the pixels, or of the pixels; it is the key of every
             cache.
     """
@@ -109,23 +110,38 @@ class TextPart:
     text: str
 
 
+@dataclass(slots=True, kw_only=True)
+class _Loaded(Generic[L, G]):
+    """What both kinds of image have in common.
+
+    Attributes:
+        loaded: None until `handlers.images` has fetched and decoded it.
+        share: Its share of the memory for decoded images, while it is loaded.
+        given: A script's own image or tensors, instead of what a client sends; never changed.
+        characters: The length of this part in the request's body.
+    """
+
+    loaded: L | None = None
+    share: MemoryShare | None = field(default=None, repr=False)
+    given: G | None = field(default=None, repr=False)
+    characters: int = field(init=False)
+
+    def release(self) -> None:
+        """Drop what is loaded and its memory as soon as nothing needs it; safe to call twice."""
+        self.loaded = None
+        if self.share is not None:
+            self.share.release()
+
+
 @dataclass(slots=True)
-class ImagePart:
-    """An image named by the client; `loaded` is None until `handlers.images` has fetched and decoded it.
+class ImagePart(_Loaded[LoadedImage, "Image"]):
+    """An image named by the client, or a script's own, of any mode.
 
     Attributes:
         url: `https:`, `http:` or `data:`, exactly as the client wrote it (never logged).
-        loaded: The decoded image.
-        share: Its share of the memory for decoded images, while it is loaded.
-        given: The image itself instead of a url. It is the caller's, of any mode, and never changed.
     """
 
     url: str
-    loaded: LoadedImage | None = None
-    share: MemoryShare | None = field(default=None, repr=False)
-    given: Image | None = field(default=None, repr=False)
-    characters: int = field(init=False)
-    """The length of this part in the request's body, in characters."""
 
     def __post_init__(self) -> None:
         self.characters = len(self.url)
@@ -134,32 +150,18 @@ class ImagePart:
         """Drop the url, since a `data:` url holds the whole file: the image cannot be loaded again."""
         self.url = ""
 
-    def release(self) -> None:
-        """Drop the decoded image and its memory as soon as nobody needs it; safe to call twice."""
-        self.loaded = None
-        if self.share is not None:
-            self.share.release()
-
 
 @dataclass(slots=True)
-class EmbeddingsPart:
-    """An image sent as its embeddings; `loaded` and `share` are like those of an `ImagePart`.
+class EmbeddingsPart(_Loaded[LoadedEmbeddings, LoadedEmbeddings]):
+    """An image sent as its embeddings.
 
     Attributes:
         rows: The output of `torch.save`, in base64, exactly as the client sent it (never logged).
         grid: Likewise, or the numbers themselves.
-        loaded: The decoded tensors.
-        share: Their share of the memory for decoded images, while they are loaded.
-        given: The tensors instead of `rows` and `grid`; they are the caller's.
     """
 
     rows: str = field(repr=False)
     grid: str | Grid | None = field(default=None, repr=False)
-    loaded: LoadedEmbeddings | None = None
-    share: MemoryShare | None = field(default=None, repr=False)
-    given: LoadedEmbeddings | None = field(default=None, repr=False)
-    characters: int = field(init=False)
-    """The length of this part in the request's body, in characters."""
 
     def __post_init__(self) -> None:
         self.characters = len(self.rows) + (len(self.grid) if isinstance(self.grid, str) else 0)
@@ -167,12 +169,6 @@ class EmbeddingsPart:
     def forget(self) -> None:
         """Drop what the client sent: the embeddings cannot be loaded again."""
         self.rows, self.grid = "", None
-
-    def release(self) -> None:
-        """Drop the tensors and their memory as soon as nobody needs them; safe to call twice."""
-        self.loaded = None
-        if self.share is not None:
-            self.share.release()
 
 
 MediaPart = ImagePart | EmbeddingsPart
@@ -186,10 +182,8 @@ class Message:
     """One turn.
 
     Attributes:
-        role: Who speaks.
         parts: The texts and images, in reading order.
         text_only: Whether the client sent a string instead of a list of parts.
-        name: The speaker's name.
         tool_calls: As OpenAI writes them, with the arguments as JSON text.
         tool_call_id: The call that this turn answers.
         reasoning: The reasoning of an earlier answer, for templates that show it.
@@ -209,11 +203,9 @@ class ChatPrompt:
     """Turns to which the model's chat template has not been applied yet.
 
     Attributes:
-        messages: The turns.
         add_generation_prompt: Whether the template begins the answer's turn.
         continue_final_message: Whether the answer continues the last message.
         template: The request's own template; None for the model's.
-        template_kwargs: Further variables of the template.
         add_special_tokens: Whether the tokenizer adds its special tokens to the template's text; None for the default
             of the model's processor.
         tools: The functions that the model may call, as OpenAI describes them.
@@ -259,7 +251,6 @@ class Constraint:
     """The form that every answer to a request must have, enforced token by token.
 
     Attributes:
-        kind: How `value` is read.
         value: None for `json_object`; the schema as JSON text for `json_schema`; for `regex` a regular expression that
             matches the whole answer; for `choice` the allowed answers as a JSON array; for `grammar` Lark, or GBNF-like
             EBNF as vLLM accepts it.
@@ -279,16 +270,10 @@ class GenerationRequest:
 
     Attributes:
         request_id: For the log and the replies.
-        prompt: The chat or the text.
-        sampling: How tokens are chosen.
-        n: The number of choices.
-        stream: Whether the reply is a stream.
         model: The model's name as the client wrote it.
-        adapter: The adapter's name.
         priority: A smaller one is scheduled first.
         truncate_prompt_tokens: Keep only this many tokens of a prompt without images; -1 for as many as fit into the
             context.
-        truncation_side: The side that is cut off.
         max_tokens_is_default: The client did not ask for `sampling.max_tokens`: the answer is shortened to what fits
             into the context.
         text_bytes: The size of the body without its images, a measure of what rendering may cost.
@@ -328,7 +313,6 @@ class RequestSampling(SamplingParams, kw_only=True, omit_defaults=True, frozen=T
     Attributes:
         stop: Strings that end the completion; not part of the text unless include_stop_str_in_output.
         include_stop_str_in_output: Keep the stop string, or the stop token's text, at the end of the text.
-        skip_special_tokens: Leave special tokens out of the text.
         bad_words: Texts that the completion must not contain, as far as their usual tokens go; they become
             bad_words_token_ids.
         dry_sequence_breakers: Texts that end a repetition, which become dry_sequence_breaker_ids; None means DRY's
@@ -411,7 +395,7 @@ class Reply:
 
     `logged` says that another process has written the request's line to the log.
 
-    Whoever holds a streamed reply must exhaust `chunks` or `aclose()` it: that frees the request's place in
+    The holder of a streamed reply must exhaust `chunks` or `aclose()` it: that frees the request's place in
     the queue and aborts it in the engine.
     """
 

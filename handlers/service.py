@@ -11,38 +11,34 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
-from typing import Any, TypeVar
+from typing import Any
 
+from handlers.admission import Admission
 from handlers.custom.formatters import FormattedStream, Formatters
 from handlers.errors import InvalidParameter, InvalidRequest, NotFound
-from handlers.generation_task import Admission, GenerationTask, ReplyStream, is_cancelled, refusal
+from handlers.generation_task import GenerationTask, cancels_this, refusal
 from handlers.images.loader import ImageLoader
 from handlers.parsers.base import AnswerFormats
 from handlers.pipeline import Pipeline
-from handlers.protocols.base import JSON, JSON_LINES, Answered, ErrorFormat, Gate, ServerContext, Task
-from handlers.protocols.body import SHORT_BYTES, read_body, warning
+from handlers.protocols.base import JSON, JSON_LINES, Answered, ErrorFormat, Gate, ServerContext, Task, in_thread_if
+from handlers.protocols.body import SHORT_BYTES, read_body
 from handlers.protocols.body_limits import MOST_TEXT_BYTES
+from handlers.protocols.known_names import warning
+from handlers.protocols.lmi.batch_transform import answer_lines, are_lines
 from handlers.protocols.lmi.requests import LMI
-from handlers.protocols.lmi.sagemaker import INVOKE_ROUTES, answer_lines, are_lines
+from handlers.protocols.lmi.sagemaker import INVOKE_ROUTES
 from handlers.protocols.openai.requests import OPENAI
 from handlers.protocols.tgi.replies import TgiError
 from handlers.protocols.tgi.requests import TGI
 from handlers.protocols.tokens import TOKENS
-from handlers.request import (
-    GenerationRequest,
-    Incoming,
-    Observer,
-    Reply,
-    RequestFacts,
-    TextPart,
-    prompt_parts,
-)
+from handlers.reply_stream import ReplyStream
+from handlers.request import GenerationRequest, Incoming, Observer, Reply, RequestFacts
 from handlers.request_checks import check_images
+from handlers.timing_headers import timing_headers
 from properties.settings import Settings
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 Work = Callable[[dict[str, Any], Incoming, RequestFacts, bool], Awaitable[Reply]]
 """Its arguments: the body, its request, the facts to fill in, and whether the body is long."""
 
@@ -61,8 +57,6 @@ REQUEST_ID_HEADERS = (*(api.request_id for api in APIS if api.request_id), "x-re
 _CALLS = {name: call for api in APIS for name, call in api.calls.items()}
 _FRAMES = {route: frame for api in APIS for route, frame in api.frames.items()}
 _TIMED = frozenset(route.template for route in ROUTES if route.timed)
-
-_AROUND_AN_IMAGE = len("![]()")
 
 LONG_REPLY_BYTES = 2**20
 """A larger reply is written in a thread, so that other requests' tokens do not wait."""
@@ -121,7 +115,7 @@ class Service:
             formats: How answers with calls and reasoning are parsed.
             gates: They may answer requests of their APIs without the model.
             formatters: The user's own, called before and after each request.
-            observer: Notified of what happens to requests, for metrics.
+            observer: Notified of what happens to requests.
             keep_alive: See `KEEP_ALIVE_SECONDS`.
         """
         self.pipeline = pipeline
@@ -213,7 +207,7 @@ class Service:
                 return reply
         if self._formatters is not None and self._formatters.reads:
             body = await self._formatters.read(body)
-        task = await _in_thread_if(long, self._task, body, incoming)
+        task = await in_thread_if(long, self._task, body, incoming)
         body.clear()
         facts.model = task.requests[0].model
         if task.misspelt:
@@ -224,7 +218,7 @@ class Service:
     async def _answer_line(
         self, request_id: str, body: dict[str, Any], incoming: Incoming, facts: RequestFacts, long: bool
     ) -> Reply:
-        """Answer a line of a body, whole whatever it says of a stream. request_id: the whole body's."""
+        """Answer a line of a body, never as a stream, even if it asks for one. request_id: the whole body's."""
         facts.request_id = request_id
         body["stream"] = False
         body.pop("stream_options", None)
@@ -258,8 +252,7 @@ class Service:
                 raise NotFound(f"there is no adapter {request.adapter[:80]!r}", param="adapters")
             if (constraint := request.constraint) is not None and not capabilities.structured_outputs:
                 raise InvalidRequest(
-                    f"{constraint.param}: this server cannot constrain answers; leave it out",
-                    param=constraint.param,
+                    f"{constraint.param}: this server cannot constrain answers; leave it out", param=constraint.param
                 )
             self.check_images(sum(1 for _ in request.images()))
             priority = min(max(request.priority, -HIGHEST_PRIORITY), HIGHEST_PRIORITY)
@@ -287,7 +280,7 @@ class Service:
                 if not facts.stream:
                     answered = await generating.answers()
                     size = _JSON_PER_LOGPROB * sum(map(_logprobs, answered))
-                    body = await _in_thread_if(size > LONG_REPLY_BYTES, task.writer.whole, answered)
+                    body = await in_thread_if(size > LONG_REPLY_BYTES, task.writer.whole, answered)
                     if formatters is not None:
                         body = await formatters.write(body)
                 else:
@@ -303,7 +296,7 @@ class Service:
                     )
             facts.status = 200
         except (Exception, asyncio.CancelledError) as error:
-            if isinstance(error, asyncio.CancelledError) and is_cancelled():
+            if cancels_this(error):
                 raise
             known = generating.failure(error)
             facts.status = known.status
@@ -315,7 +308,7 @@ class Service:
                 await generating.close()
         headers = warning(task.misspelt)
         if facts.route in _TIMED:
-            headers |= _timing_headers(task.requests, self.pipeline.capabilities.compute_type, facts)
+            headers |= timing_headers(task.requests, self.pipeline.capabilities.compute_type, facts)
         if stream is not None:
             if formatters is not None:
                 events = FormattedStream(stream, formatters, facts.request_id)
@@ -379,47 +372,3 @@ def _logprobs(answered: Answered) -> int:
 def _is_long(body: bytes) -> bool:
     """Whether parsing the body would hold up the event loop for too long."""
     return len(body) > SHORT_BYTES or 8 * body.count(b"{") + body.count(b",") > _MOST_READ_HERE
-
-
-async def _in_thread_if(long: bool, work: Callable[..., T], *given: Any) -> T:
-    """Do the work, in a thread if it takes long."""
-    return await asyncio.to_thread(work, *given) if long else work(*given)
-
-
-def _timing_headers(requests: Sequence[GenerationRequest], compute_type: str, facts: RequestFacts) -> dict[str, str]:
-    """Return TGI's headers of counts and times, which are whole milliseconds; only `x-compute-time` is in seconds.
-
-    Validation ends when the engine has the prompt, and inference begins with its first step. A stream's headers are
-    sent with its first token, when its times are not known yet.
-    """
-    own = {
-        "x-compute-type": compute_type or "unknown",
-        "x-compute-characters": str(sum(map(_characters, requests))),
-    }
-    if facts.stream:
-        return {**own, "x-accel-buffering": "no"}
-    total = facts.total or 0.0
-    inference = max(0.0, total - facts.prepared - facts.queued)
-    return {
-        **own,
-        "x-compute-time": f"{total:.6f}",
-        "x-total-time": _milliseconds(total),
-        "x-validation-time": _milliseconds(facts.prepared),
-        "x-queue-time": _milliseconds(facts.queued),
-        "x-inference-time": _milliseconds(inference),
-        "x-time-per-token": _milliseconds(inference / max(1, facts.completion_tokens)),
-        "x-prompt-tokens": str(facts.prompt_tokens),
-        "x-generated-tokens": str(facts.completion_tokens),
-    }
-
-
-def _milliseconds(seconds: float) -> str:
-    return str(int(seconds * 1000))
-
-
-def _characters(request: GenerationRequest) -> int:
-    """Return the number of characters of the prompt as it was sent, images included."""
-    return sum(
-        len(part.text) if isinstance(part, TextPart) else part.characters + _AROUND_AN_IMAGE
-        for part in prompt_parts(request.prompt)
-    )

@@ -1,16 +1,11 @@
-"""Paged attention on a CPU: decodes in compiled code (`decodes.c`), chunks as `GatherKernel` computes them."""
+"""Paged attention on a CPU: decodes in compiled code (`engine/native`), chunks as `GatherKernel` computes them."""
 
 from __future__ import annotations
 
-import ctypes
-import logging
 import math
 import mmap
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
-from importlib.util import find_spec
 from typing import ClassVar
 
 import numpy as np
@@ -18,69 +13,12 @@ import torch
 
 from engine.attention.gather import DecodeGroup, GatherKernel
 from engine.attention.kernel import CacheShape, PackedStep
-
-logger = logging.getLogger(__name__)
+from engine.native.library import Cache, Decodes, compiled
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
 _LARGEST_HEAD = 1024
 """Greatest size of a head: a thread keeps 64 floats for each of its elements on its stack."""
-
-
-class _Cache(ctypes.Structure):
-    _fields_ = (
-        ("keys", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        ("head_stride", ctypes.c_int64),
-        ("kv_heads", ctypes.c_int64),
-        ("head_dim", ctypes.c_int64),
-        ("block_size", ctypes.c_int64),
-        ("bfloat16", ctypes.c_int64),
-    )
-
-
-class _Decodes(ctypes.Structure):
-    _fields_ = (
-        ("tables", ctypes.c_void_p),
-        ("contexts", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-    )
-
-
-@cache
-def compiled() -> ctypes.CDLL | None:
-    """Load the compiled code; None, and a line in the log that says why, where it cannot run."""
-    spec = find_spec("engine.attention._decodes")
-    x86 = platform.machine() == "x86_64"
-    if spec is None or spec.origin is None:
-        problem = "there was no C compiler when this was installed"
-    elif x86 and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        problem = "the processor has no AVX2"
-    else:
-        try:
-            return _declared(ctypes.CDLL(spec.origin))
-        except OSError as error:
-            problem = str(error)
-    logger.info("attention of decodes runs in torch, which is slower than compiled code: %s", problem)
-    return None
-
-
-def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
-    library.attend_decodes.restype = None
-    library.attend_decodes.argtypes = (
-        ctypes.POINTER(_Cache),
-        ctypes.POINTER(_Decodes),
-        ctypes.c_void_p,
-        ctypes.c_int64,
-        ctypes.c_int64,
-        ctypes.c_void_p,
-        ctypes.c_float,
-        ctypes.c_int64,
-        ctypes.c_float,
-        ctypes.c_int64,
-    )
-    return library
 
 
 @contextmanager
@@ -108,7 +46,7 @@ class CpuKernel(GatherKernel):
         super().__init__(shape)
         self._library = compiled() if shape.dtype in _DTYPES and shape.head_dim <= _LARGEST_HEAD else None
         self._caches = [
-            _Cache(
+            Cache(
                 keys.data_ptr(),
                 values.data_ptr(),
                 keys.stride(0),
@@ -159,7 +97,7 @@ class CpuKernel(GatherKernel):
         out = query.new_empty(count, heads, dim)
         self._library.attend_decodes(
             self._caches[layer],
-            _Decodes(blocks.data_ptr(), contexts.data_ptr(), count, group.width),
+            Decodes(blocks.data_ptr(), contexts.data_ptr(), count, group.width),
             query.data_ptr(),
             query.stride(0),
             heads,

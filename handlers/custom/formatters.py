@@ -11,7 +11,7 @@ import msgspec
 from handlers.custom.backend import CustomBackend
 from handlers.errors import CustomCodeError, DeadlineExceeded, ServingError
 from handlers.protocols.errors import log_error
-from handlers.protocols.lmi.replies import lmi_error
+from handlers.protocols.lmi.replies import LmiError
 
 _MAX_SECONDS = 60.0
 """Time limit of one call of a formatter, after which its process is replaced."""
@@ -80,7 +80,7 @@ class FormattedStream:
             except ServingError as error:
                 self._failed = True
                 log_error(error, self._request_id)
-                return msgspec.json.encode(lmi_error(error)) + b"\n"
+                return msgspec.json.encode(LmiError.of(error)) + b"\n"
             if data := b"".join(written):
                 return data
         raise StopAsyncIteration

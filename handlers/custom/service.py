@@ -9,14 +9,16 @@ from collections.abc import AsyncIterator, Mapping
 
 import msgspec
 
+from handlers.admission import Admission, Permit
 from handlers.custom.backend import CustomBackend, HandlerCall
 from handlers.custom.messages import End, Head, Part
 from handlers.errors import DeadlineExceeded, InvalidRequest, NotFound, ServingError
-from handlers.generation_task import Admission, Permit, refusal
+from handlers.generation_task import refusal
 from handlers.protocols.base import JSON_LINES
 from handlers.protocols.errors import error_reply, log_error, own_words_of
-from handlers.protocols.lmi.replies import lmi_error
-from handlers.protocols.lmi.sagemaker import execution_reply, request_properties
+from handlers.protocols.lmi.batch_transform import execution_reply
+from handlers.protocols.lmi.replies import LmiError
+from handlers.protocols.lmi.sagemaker import request_properties
 from handlers.request import Incoming, Observer, Reply, RequestFacts
 from handlers.service import error_format
 from properties.settings import Settings
@@ -174,7 +176,7 @@ class HandlerStream:
         facts.error, facts.reason = error.kind, own_words_of(error)
         log_error(error, facts.request_id)
         self._task.observer.on_error(error.kind)
-        line = msgspec.json.encode(lmi_error(error))
+        line = msgspec.json.encode(LmiError.of(error))
         if self._type == JSON_LINES:
             return line + b"\n"
         if self._type == "text/event-stream":

@@ -10,7 +10,8 @@ from typing import Any
 
 from handlers.errors import InvalidRequest
 from handlers.protocols.body import convert
-from handlers.protocols.fields import read_constraint, sampling_params
+from handlers.protocols.constraints import read_constraint
+from handlers.protocols.sampler_fields import sampling_params
 from handlers.request import Constraint
 from handlers.request import RequestSampling as EngineParams
 

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
 
 from msgspec import Meta, Struct, json
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from handlers.service import Service
 
 
+T = TypeVar("T")
+
 READ = ("GET", "HEAD")
 REFERENCE = "#/components/schemas/{name}"
 
@@ -30,6 +33,8 @@ JSON = "application/json"
 JSON_LINES = "application/jsonlines"
 SSE_TYPE = "text/event-stream"
 SSE = f"{SSE_TYPE}; charset=utf-8"
+KEEP_ALIVE = b": keep-alive\n\n"
+"""A comment in a stream of server-sent events."""
 
 MAX_PROMPTS = 1024
 """The most prompts in one body."""
@@ -46,7 +51,7 @@ class ErrorFormat:
     """How one API writes errors.
 
     Attributes:
-        body: Makes of an error what is encoded as JSON.
+        body: Returns what is encoded as JSON for an error.
         status: The HTTP status of its reply, where that is not the error's own.
     """
 
@@ -62,14 +67,12 @@ class Route:
         path: `{name}` stands for a model's name, `{adapter}` for an adapter's.
         action: What answers it: "answer" for the model, a name in an API's `calls`, or one of the server's own.
         summary: One line for the document.
-        methods: The HTTP methods that it answers.
         template: What logs, metrics and handlers call the route; the path itself unless several paths share one name.
         light: Answered from the head of the request, unlimited and without a line in the log, as monitoring asks it.
         queued: Takes a place in the queue.
         open: Answered without the server's key, as the platform asks it.
         timed: Its replies have headers with TGI's counts and times, whichever API has read the body.
         appended: Also answered where a client appends the path to that of any route that answers.
-        bodies: Structs of the request's body.
         plain_text: The body may also be a prompt as plain text.
         query: Parameter of the query -> its description.
         replies: Structs of the reply, or lists of them.
@@ -123,6 +126,11 @@ def reference(part: type[Struct]) -> dict[str, str]:
     return {"$ref": REFERENCE.format(name=part.__name__)}
 
 
+async def in_thread_if(long: bool, work: Callable[..., T], *given: Any) -> T:
+    """Return the result of some work, done in a thread if it takes long, so that other requests do not wait."""
+    return await asyncio.to_thread(work, *given) if long else work(*given)
+
+
 def struct_reply(body: Struct, status: int = 200) -> Reply:
     """Return the reply that consists of a struct, as JSON with a line end."""
     return Reply(status, JSON, json.encode(body) + b"\n")
@@ -135,8 +143,6 @@ class ServerContext:
     Attributes:
         model_name: Shown in replies to requests that name no model.
         sampling: The model's own defaults (generation_config.json), by the names of RequestSampling.
-        output_formatter: The option.
-        tgi_compat: The option.
         trust_chat_templates: Requests may bring a chat template of their own.
         max_model_len: The model's context, in tokens; 0 where it is not known.
         special_token_ids: The model's special tokens.
@@ -234,7 +240,7 @@ class Task:
     """What a body asks for. Several requests are several prompts, answered together and in order.
 
     Attributes:
-        misspelt: A sentence for each name in the body that nobody reads (`handlers.protocols.body`).
+        misspelt: A sentence for each name in the body that is not read (`handlers.protocols.known_names`).
         names: A field of `SamplingParams` -> what the client calls it, where that is another name.
     """
 
@@ -289,7 +295,6 @@ class Api:
     """One API.
 
     Attributes:
-        errors: How it writes errors.
         claims: Says whether it writes the errors of a request, by the route's template, the headers (names in lower
             case) and the keys of the body, which are empty before the body has been read.
         routes: Its routes, for the router and the OpenAPI document.
@@ -300,7 +305,6 @@ class Api:
         adapter: Returns the adapter that the head of a request with one of them names.
         calls: Action of a route -> what answers it, for routes that generate no text.
         request_id: The header in which the caller names the request.
-        gate: Makes the gate of a server.
     """
 
     errors: ErrorFormat

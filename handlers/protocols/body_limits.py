@@ -54,9 +54,7 @@ class BodyCount:
     r"""What a body holds, as far as it has been counted.
 
     Attributes:
-        values: Items of lists and objects: never fewer than there are.
-        keys: Keys of objects.
-        containers: Lists and objects.
+        values: Items of lists and objects, or more: the count is never too low.
         escapes: Backslashes, except those of `slashes`.
         slashes: `\/`, as some clients write every slash, also in images; replaced before the body is parsed.
         outside: Bytes outside of texts.
@@ -86,12 +84,7 @@ def check_body(body: bytes, context: int, longest_text: int = MOST_TEXT_BYTES) -
     """Count what the body contains, and refuse it if that is too much.
 
     A value may be a token id, several prompts may be in one body, and a client may write each character of a prompt
-    as an escape: so the limits grow with the context.
-
-    Args:
-        body: The whole body.
-        context: Tokens that the model accepts; 0 if not known.
-        longest_text: The most bytes of one text.
+    as an escape: so the limits grow with the context, which is in tokens, 0 if not known. longest_text: in bytes.
 
     Raises:
         MalformedBody: There is more of anything than a request could use; raised as soon as it is found.
@@ -188,7 +181,7 @@ def _without_escapes(piece: bytes) -> tuple[bytes, int, int]:
 
 
 def _flags(piece: bytes) -> int:
-    """Return what a text contains of which this is a piece, from `_without_escapes`."""
+    """Return `_WIDE` and `_ESCAPED` as they hold for a piece of a text that `_without_escapes` returned."""
     if b"\\" not in piece:
         return 0 if piece.isascii() else _WIDE
     return _ESCAPED if piece.isascii() and b"\\u" not in piece else _ESCAPED | _WIDE

@@ -7,6 +7,7 @@ words that this program's own code contains remain (`own_words_of`).
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import re
@@ -19,7 +20,7 @@ from types import CodeType
 
 import msgspec
 
-from handlers.errors import Overloaded, ServingError, Unavailable, raised_at, short_of
+from handlers.errors import Overloaded, ServingError, Unavailable, raised_at, short_of, stopping
 from handlers.protocols.base import JSON, ErrorFormat
 from handlers.request import Reply
 from processes.shortage import shortage
@@ -35,14 +36,17 @@ def error_reply(error: ServingError, written: ErrorFormat) -> Reply:
     return Reply(written.status(error), JSON, msgspec.json.encode(written.body(error)), headers=headers)
 
 
-def client_error(error: Exception, request_id: str) -> ServingError:
+def client_error(error: Exception | asyncio.CancelledError, request_id: str) -> ServingError:
     """Return the error that a client gets for an exception.
 
     An expected error is passed on as it is. Any other one is replaced by the request's id, unless the server was short
-    of a resource: then the client is advised to try again.
+    of a resource: then the client is advised to try again. Whatever a request awaits is cancelled only when the server
+    stops.
     """
     if isinstance(error, ServingError):
         return error
+    if isinstance(error, asyncio.CancelledError):
+        return stopping(error)
     if (what := shortage(error)) is not None:
         short: ServingError = short_of(what)
         short.__cause__ = error

@@ -8,7 +8,7 @@ from handlers.errors import InvalidRequest
 from handlers.request import ImagePart, Part, TextPart
 
 MOST_IMAGES = 1024
-"""The most images of a text, whatever `option.limit_mm_per_prompt` says: a long text could name millions."""
+"""The most images of a text, even if `option.limit_mm_per_prompt` allows more: a long text could name millions."""
 
 _WINDOW = 2**17
 """Characters searched in one step."""
@@ -25,7 +25,7 @@ _END = re.compile(r'(?:\s{1,8}"[^"\n]{0,1000}")?\s{0,8}\)')
 
 # ![alternative text](url "title"): only a link that names its scheme is an image; other Markdown stays text.
 _IMAGE = re.compile(
-    r'!\[[^\[\]\n]{0,1000}\]\(\s{0,8}((?i:https?:|data:)[^()\s]+(?:\([^()\s]*\)[^()\s]*)*)(?:\s{1,8}"[^"\n]{0,1000}")?\s{0,8}\)',
+    r'!\[[^\[\]\n]{0,1000}\]\(\s{0,8}((?i:https?:|data:)[^()\s]+(?:\([^()\s]*\)[^()\s]*)*)(?:\s{1,8}"[^"\n]{0,1000}")?\s{0,8}\)'
 )
 
 

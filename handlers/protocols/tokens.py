@@ -16,12 +16,14 @@ from msgspec import Meta
 
 from handlers.deltas import TokenizedPrompt
 from handlers.errors import DeadlineExceeded, InvalidRequest
-from handlers.protocols.base import JSON, Api, Route, ServerContext, Task, TokenCount, TokenId
-from handlers.protocols.body import KnownNames, convert, warning
+from handlers.protocols.base import JSON, Api, Route, ServerContext, Task, TokenCount, TokenId, in_thread_if
+from handlers.protocols.body import convert
+from handlers.protocols.known_names import KnownNames, warning
 from handlers.protocols.lmi.replies import LmiError
 from handlers.protocols.markdown_images import image_parts
+from handlers.protocols.openai.bodies import ChatBody
+from handlers.protocols.openai.chat import read_chat
 from handlers.protocols.openai.replies import OPENAI_ERRORS, OpenAIError
-from handlers.protocols.openai.requests import ChatBody, read_chat
 from handlers.request import Incoming, Prompt, Reply, RequestFacts, TextPrompt, media_parts
 from handlers.request_checks import longest_prompt
 
@@ -45,7 +47,6 @@ class TokenTask:
     """What a body asks for.
 
     Attributes:
-        prompt: The prompt whose tokens are asked for.
         write: Makes the reply's body.
         keep: How many of the last tokens are asked for; None for all of them.
         misspelt: Warnings, as in `Task`.
@@ -163,8 +164,7 @@ async def _tokenize(service: Service, incoming: Incoming) -> Reply:
 
 async def _tokens(service: Service, body: dict[str, Any], incoming: Incoming, facts: RequestFacts, long: bool) -> Reply:
     """Answer with the tokens of a prompt. long: reading the body takes long."""
-    given = (body, service.context, incoming)
-    task = await asyncio.to_thread(read_tokenize, *given) if long else read_tokenize(*given)
+    task = await in_thread_if(long, read_tokenize, body, service.context, incoming)
     parts = list(media_parts(task.prompt))
     service.check_images(len(parts))
     size = max(0, incoming.size - sum(part.characters for part in parts))
@@ -179,10 +179,7 @@ async def _tokens(service: Service, body: dict[str, Any], incoming: Incoming, fa
                 await service.images.load(parts, deadline)
             async with service.long_texts if size > LONG_TEXT_BYTES else nullcontext():
                 found = await service.pipeline.tokenize(task.prompt)
-                if len(found.token_ids) <= LONG_TEXT_BYTES // 8:
-                    written = _written(task, found)
-                else:
-                    written = await asyncio.to_thread(_written, task, found)
+                written = await in_thread_if(len(found.token_ids) > LONG_TEXT_BYTES // 8, _written, task, found)
     finally:
         for part in parts:
             part.release()
@@ -195,27 +192,27 @@ async def _detokenize(service: Service, incoming: Incoming) -> Reply:
 
 async def _text(service: Service, body: dict[str, Any], incoming: Incoming, facts: RequestFacts, long: bool) -> Reply:
     """Answer with the text of tokens. long: reading the body takes long."""
-    read = partial(convert, body, TokensToText)
-    asked = await asyncio.to_thread(read) if long else read()
+    asked = await in_thread_if(long, convert, body, TokensToText)
     incoming.parsed()
     async with _place(service), service.long_texts if incoming.size > LONG_TEXT_BYTES else nullcontext():
         reply = Detokenized(await service.pipeline.detokenize(asked.tokens))
-    long = len(reply.prompt) > MOST_TOKENIZED_BYTES
-    written = await asyncio.to_thread(_encode, reply) if long else _encode(reply)
+    written = await in_thread_if(len(reply.prompt) > MOST_TOKENIZED_BYTES, _encode, reply)
     return _noted(Reply(200, JSON, written), facts)
 
 
 @asynccontextmanager
 async def _place(service: Service) -> AsyncIterator[None]:
     """Hold a place in the queue, for as long as the request may take."""
-    with service.admission.admit(1):
-        try:
-            async with asyncio.timeout(service.settings.predict_timeout) as limit:
-                yield
-        except TimeoutError as error:
-            if not limit.expired():
-                raise
-            raise DeadlineExceeded() from error
+    permit = service.admission.admit(1)
+    try:
+        async with asyncio.timeout(service.settings.predict_timeout) as limit:
+            yield
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise DeadlineExceeded() from error
+    finally:
+        permit.release()
 
 
 def _noted(reply: Reply, facts: RequestFacts) -> Reply:
@@ -261,12 +258,7 @@ def _vllm_tokens(server: ServerContext, pieces: bool | None) -> Callable[[Tokeni
 
 ROUTES = (
     Route(
-        "/chat_tokenize",
-        "tokenize",
-        "Tokens of a chat (TGI)",
-        queued=True,
-        bodies=(ChatBody,),
-        replies=(ChatTokens,),
+        "/chat_tokenize", "tokenize", "Tokens of a chat (TGI)", queued=True, bodies=(ChatBody,), replies=(ChatTokens,)
     ),
     Route(
         "/tokenize",

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from handlers.errors import InvalidRequest, Overloaded
-from handlers.protocols.lmi.sagemaker import MOST_SESSIONS, Sessions
+from handlers.protocols.lmi.sessions import MOST_SESSIONS, Sessions
 from tests.support.scripted import incoming
 from tests.support.scripted_server import ServerProcess
 

@@ -21,7 +21,7 @@ from schemathesis.checks import CHECKS, load_all_checks
 from container.app import ONE, SEVERAL, Router
 from container.openapi import document
 from container.routes import ROUTES
-from handlers.protocols.openai.requests import ChatBody, CompletionBody
+from handlers.protocols.openai.bodies import ChatBody, CompletionBody
 from handlers.protocols.tgi.requests import TgiParameters
 from tests.support.live import LiveServer
 from tests.support.shapes import SHAPES

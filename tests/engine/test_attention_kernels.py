@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import engine.attention.varlen
-from engine.attention import cpu, gather
+from engine.attention import gather
 from engine.attention.cpu import CpuKernel
 from engine.attention.gather import GatherKernel, cap_scores
 from engine.attention.kernel import AttentionKernel, CacheShape, PackedStep, StaticStep
@@ -33,6 +33,7 @@ from engine.attention.select import AUTO, choose_kernel, trial
 from engine.attention.varlen import VarlenKernel
 from engine.attention.xformers_paged import XformersKernel
 from engine.errors import ModelLoadError
+from engine.native import library
 from engine.sampling_params import SamplingParams
 from tests.support.engine_driver import Prompt, load_engine, run_all
 from tests.support.models import make_llava
@@ -230,7 +231,7 @@ def test_cpu_kernel_answers_as_the_formula_on_long_contexts(
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no compiler")
 def test_decodes_are_compiled_where_there_is_a_compiler() -> None:
-    assert cpu.compiled() is not None
+    assert library.compiled() is not None
 
 
 @pytest.mark.parametrize(
@@ -248,17 +249,17 @@ def test_without_compiled_code_torch_attends_and_the_log_says_why(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    found = None if spec is None else ModuleSpec("engine.attention._decodes", None, origin=spec)
-    monkeypatch.setattr(cpu, "find_spec", lambda name: found)
-    monkeypatch.setattr(cpu.platform, "machine", lambda: "x86_64")
+    found = None if spec is None else ModuleSpec("engine.native._native", None, origin=spec)
+    monkeypatch.setattr(library, "find_spec", lambda name: found)
+    monkeypatch.setattr(library.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    cpu.compiled.cache_clear()
+    library.compiled.cache_clear()
     try:
-        with caplog.at_level(logging.INFO, "engine.attention.cpu"):
+        with caplog.at_level(logging.INFO, "engine.native.library"):
             shape = replace(TEXT, num_layers=2, num_blocks=23, block_size=16)
             compare(CpuKernel, shape, 4, 7, 0, sequences=4, longest=70)
     finally:
-        cpu.compiled.cache_clear()
+        library.compiled.cache_clear()
     [record] = caplog.records
     assert reason in record.message
 

@@ -11,7 +11,18 @@ from engine.config import EngineConfig
 from engine.errors import ModelLoadError
 from engine.loader import load_model
 from engine.machine import computes_bfloat16
-from engine.packed_linear import SMALLEST, HalfLinear, Int8Linear, PackedLinear, exact_in_half, pack, quantize
+from engine.native.library import multiplies_bfloat16
+from engine.packed_linear import (
+    FEW_ROWS,
+    SMALLEST,
+    FewRowsLinear,
+    HalfLinear,
+    Int8Linear,
+    PackedLinear,
+    exact_in_half,
+    pack,
+    quantize,
+)
 from engine.tensor_parallel import Ranks, _cut
 from tests.support.models import make_llava
 
@@ -54,6 +65,74 @@ def test_float32_weights_stored_in_bfloat16_take_half_the_memory_and_are_as_exac
         exact = torch.nn.functional.linear(data.double(), plain.large.weight.double(), plain.large.bias.double())
         theirs, ours = ((layers.large(data).double() - exact).norm() for layers in (plain, packed))
         assert ours < 4 * theirs
+
+
+FEW = pytest.mark.skipif(not multiplies_bfloat16(), reason="needs AVX512-BF16 and a C compiler, and no AMX")
+
+
+@FEW
+@torch.inference_mode()
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("inner", "columns"), [(64, 4096), (1024, 256), (1088, 1024)])
+def test_few_rows_in_bfloat16_are_as_exact_as_rounding_allows(
+    inner: int, columns: int, bias: bool, threads: int
+) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(inner, columns, bias, dtype=torch.bfloat16)
+    weight, offset = layer.weight.double(), layer.bias.double() if bias else None
+    pack(torch.nn.Sequential(layer))
+    assert isinstance(layer, FewRowsLinear)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for rows in (*range(1, 20), 31, FEW_ROWS - 1, FEW_ROWS):
+            data = torch.randn(rows, inner, dtype=torch.bfloat16)
+            exact = torch.nn.functional.linear(data.double(), weight, offset)
+            got = layer(data).double()
+            # Half a unit in the last place of bfloat16, and what sums in float32 lose.
+            assert ((got - exact).abs() <= exact.abs() * 2**-8 + exact.norm() / exact.numel() ** 0.5 * 1e-5).all()
+    finally:
+        torch.set_num_threads(before)
+
+
+@FEW
+@torch.inference_mode()
+def test_a_row_in_bfloat16_does_not_depend_on_the_rows_beside_it() -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(512, 1024, dtype=torch.bfloat16)
+    pack(torch.nn.Sequential(layer))
+    data = torch.randn(FEW_ROWS, 512, dtype=torch.bfloat16)
+    alone = torch.cat([layer(row[None]) for row in data])
+    for rows in (2, 7, 16, FEW_ROWS):
+        assert torch.equal(layer(data[:rows]), alone[:rows])
+
+
+@FEW
+@torch.inference_mode()
+def test_rows_of_any_shape_and_layout_are_multiplied() -> None:
+    layer = torch.nn.Linear(512, 1024, dtype=torch.bfloat16)
+    pack(torch.nn.Sequential(layer))
+    data = torch.randn(2, 512, 3, dtype=torch.bfloat16)
+    turned = data.transpose(1, 2)
+    assert torch.equal(layer(turned), layer(turned.contiguous()))
+    assert layer(turned).shape == (2, 3, 1024)
+    assert layer(data.new_empty(0, 512)).shape == (0, 1024)
+
+
+@FEW
+@pytest.mark.parametrize("size", [(512, 1000), (1000, 512)])
+def test_weights_that_onednn_stores_otherwise_are_left_to_it(size: tuple[int, int]) -> None:
+    layer = torch.nn.Linear(*size, dtype=torch.bfloat16)
+    pack(torch.nn.Sequential(layer))
+    assert isinstance(layer, PackedLinear)
+    in_blocks = torch.ops.mkldnn._nbytes(layer._packed) == layer.weight_bytes
+    assert isinstance(layer, FewRowsLinear) == in_blocks
+    torch.manual_seed(0)
+    data = torch.randn(5, size[0], dtype=torch.bfloat16)
+    several = torch.cat([data] * 20)  # more rows than products.c takes
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(data), layer(several)[:5])
 
 
 def test_weights_that_float16_does_not_hold_stay_in_float32() -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from handlers.deltas import Delta, PositionLogprobs, PromptStats
 from handlers.errors import EngineFailed, ImageFetchFailed, ImagesLost, InvalidRequest, Unavailable
-from handlers.protocols.openai.writers import ChatWriter
+from handlers.protocols.openai.chat_writer import ChatWriter
 from handlers.request import GenerationRequest, Reply
 from handlers.service import KEEP_ALIVE_SECONDS
 from tests.support.coroutines import run

@@ -192,7 +192,7 @@ def test_commands(image: str) -> None:
 
 
 def test_attention_is_compiled_though_there_is_no_compiler(image: str) -> None:
-    script = "from engine.attention.cpu import compiled; print(compiled() is not None)"
+    script = "from engine.native.library import compiled; print(compiled() is not None)"
     assert run(image, "python3", "-c", script).stdout == "True\n"
     assert run(image, "sh", "-c", "command -v gcc").returncode != 0
 

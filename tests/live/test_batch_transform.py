@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from handlers.protocols.lmi.sagemaker import MOST_LINES
+from handlers.protocols.lmi.batch_transform import MOST_LINES
 from tests.support.batch_transform import BatchTransform, TransformFailed
 from tests.support.live import LiveServer, data_url, message
 from tests.support.scripted_server import ServerProcess

@@ -162,7 +162,10 @@ def check_chat(path: Path, oracle: Oracle, template: str, images: Sequence[Image
             async def ask(
                 n: int = 1, constraint: Constraint | None = None, **sampling: Any
             ) -> tuple[list[int], list[Delta]]:
-                parts = [ImagePart("data:", LoadedImage(image, bytes([number]))) for number, image in enumerate(images)]
+                parts = [
+                    ImagePart("data:", loaded=LoadedImage(image, bytes([number])))
+                    for number, image in enumerate(images)
+                ]
                 options = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, **sampling}
                 chat = ChatPrompt([Message("user", [*parts, TextPart("what?")])])
                 generation = await backend.generate(

@@ -39,7 +39,7 @@ def request(*content: str | int, sampling: dict[str, Any] | None = None, **field
     parts = [
         TextPart(item)
         if isinstance(item, str)
-        else ImagePart("data:", LoadedImage(random_image(item), item.to_bytes(4, "little")))
+        else ImagePart("data:", loaded=LoadedImage(random_image(item), item.to_bytes(4, "little")))
         for item in content
     ]
     params = RequestSampling(**{"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, **(sampling or {})})

@@ -12,7 +12,7 @@ from handlers.deltas import Delta
 from handlers.parsers.base import AnswerFormats
 from handlers.parsers.select import answer_formats
 from handlers.protocols.base import ServerContext
-from handlers.protocols.openai.requests import read_chat
+from handlers.protocols.openai.chat import read_chat
 from handlers.request import GenerationRequest
 from tests.support.scripted import ScriptedBackend, Step, chat, everything, incoming, service
 

@@ -161,7 +161,7 @@ def test_a_renderer_that_was_shut_down_under_a_request_is_not_its_fault(images: 
         model_config=ModelConfig(model=str(SHAPES)),
         renderer=SimpleNamespace(render_cmpl_async=render),
     )
-    parts = [ImagePart("", cast(Any, SimpleNamespace(digest=b"1", image=None))) for _ in range(images)]
+    parts = [ImagePart("", loaded=cast(Any, SimpleNamespace(digest=b"1", image=None))) for _ in range(images)]
     with pytest.raises(ServingError) as raised:
         asyncio.run(place_images(VLLM, engine, [1], parts))
     expected = Unavailable if lost else ImageError if images else InvalidRequest

@@ -5,14 +5,14 @@ Parameters come in the query, as LMI reads them, or as a JSON body, as SageMaker
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 from handlers.backends.adapters import AdapterInfo, AdapterStore
-from handlers.errors import Conflict, InvalidRequest, NotFound
+from handlers.errors import Conflict, InvalidParameter, InvalidRequest, NotFound
 from handlers.protocols.base import READ, Route, struct_reply
 from handlers.protocols.body import read_options
 from handlers.protocols.lmi.replies import LmiError
@@ -71,7 +71,8 @@ async def answer_adapters(service: Service, incoming: Incoming) -> Reply:
     if incoming.method in READ:
         if incoming.adapter:
             return struct_reply(_one(store, incoming.adapter))
-        return struct_reply(_list(store.infos(), incoming.query))
+        shown, token = page_of(list(store.infos()), incoming.query)
+        return struct_reply(AdapterList([_shown(info) for info in shown], token))
     if incoming.method == "DELETE":
         await store.remove(incoming.adapter)
         return _status(incoming, incoming.adapter, "unregistered")
@@ -104,7 +105,7 @@ def _asked(incoming: Incoming) -> AdapterBody:
 def _flag(name: str, text: str) -> bool:
     known = {"true": True, "false": False, "1": True, "0": False}
     if text.lower() not in known:
-        raise InvalidRequest(f"{name} is {text[:20]!r}; allowed: true, false", param=name)
+        raise InvalidParameter(name, f"is {text[:20]!r}; allowed: true, false")
     return known[text.lower()]
 
 
@@ -113,11 +114,6 @@ def _one(store: AdapterStore, name: str) -> Adapter:
         if info.name == name:
             return _shown(info)
     raise NotFound(f"there is no adapter {name[:80]!r}", param="adapters")
-
-
-def _list(infos: Collection[AdapterInfo], query: Mapping[str, str]) -> AdapterList:
-    shown, token = page_of(list(infos), query)
-    return AdapterList([_shown(info) for info in shown], token)
 
 
 def page_of(items: Sequence[T], query: Mapping[str, str]) -> tuple[Sequence[T], str | None]:
@@ -136,7 +132,7 @@ def _count(query: Mapping[str, str], name: str, default: int) -> int:
     if not text:
         return default
     if not (text.isascii() and text.isdecimal() and len(text) < 10):
-        raise InvalidRequest(f"{name} is {text[:20]!r}; allowed: a whole number", param=name)
+        raise InvalidParameter(name, f"is {text[:20]!r}; allowed: a whole number")
     return int(text)
 
 

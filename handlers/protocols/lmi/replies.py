@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from handlers.deltas import Delta, PositionLogprobs, PromptStats, TokenLogprob
 from handlers.errors import ServingError
-from handlers.protocols.base import JSON_LINES, SSE, Answer, Answered, ErrorFormat, Writer
+from handlers.protocols.base import JSON_LINES, KEEP_ALIVE, SSE, Answer, Answered, ErrorFormat, Writer
 from handlers.protocols.tgi.replies import FinishReason, finish_reason
 
 _encode = msgspec.json.Encoder().encode
@@ -71,6 +71,11 @@ class LmiError(Struct, forbid_unknown_fields=True):
     message: str
     error: str
 
+    @classmethod
+    def of(cls, error: ServingError) -> Self:
+        """Return what is written of an error."""
+        return cls(error.status, error.kind, error.message, error.message)
+
 
 class LmiFailure(Struct, forbid_unknown_fields=True):
     """Why the answer ended."""
@@ -93,7 +98,6 @@ class LmiWriter:
         inputs: The prompts as they were sent.
         many: Whether they were a list, which is answered by a list.
         returned: How many answers to a prompt are shown: the most likely one, and the next ones among its details.
-        details: Show details.
         prefill: Details show the prompt's tokens.
         full_text: The text begins with the prompt.
         top_tokens: The number of alternatives to show at each position.
@@ -115,7 +119,7 @@ class LmiWriter:
         self._before, self._after = (b"data: ", b"\n\n") if self.sse else (b"", b"\n")
         self._answer = Answer()
         self.stream_type = SSE if self.sse else JSON_LINES
-        self.keep_alive = b": keep-alive\n\n" if self.sse else b""
+        self.keep_alive = KEEP_ALIVE if self.sse else b""
 
     def whole(self, answered: list[Answered]) -> bytes:
         replies = [self._reply(text, one.stats, one.answers) for text, one in zip(self.inputs, answered, strict=True)]
@@ -140,8 +144,7 @@ class LmiWriter:
         return b""
 
     def failed(self, error: ServingError) -> bytes:
-        broken = LmiBrokenLine(error.status, error.kind, error.message, error.message)
-        return self._before + _encode(broken) + self._after
+        return self._before + _encode(LmiBrokenLine.of(error)) + self._after
 
     def _reply(self, inputs: str, stats: PromptStats, answers: list[Answer]) -> LmiReply:
         ranked = sorted(answers, key=attrgetter("logprob"), reverse=True) if len(answers) > 1 else answers
@@ -206,12 +209,7 @@ class JsonLines:
         return _lines(self._events.failed(error))
 
 
-def lmi_error(error: ServingError) -> LmiError:
-    """Return the error in LMI's words."""
-    return LmiError(error.status, error.kind, error.message, error.message)
-
-
-LMI_ERRORS = ErrorFormat(lmi_error)
+LMI_ERRORS = ErrorFormat(LmiError.of)
 
 
 def _lines(events: bytes) -> bytes:

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from engine.sampling_params import shown
-from handlers.errors import InvalidRequest
+from handlers.errors import InvalidParameter, InvalidRequest
 from handlers.protocols.base import (
     JSON_LINES,
     MAX_ANSWERS,
@@ -27,58 +27,37 @@ from handlers.protocols.base import (
     Task,
     TokenCount,
     TokenId,
+    Writer,
     described_as,
 )
-from handlers.protocols.body import KnownNames, convert
-from handlers.protocols.fields import (
-    GUIDED,
+from handlers.protocols.body import convert
+from handlers.protocols.constraints import GUIDED, read_constraint
+from handlers.protocols.known_names import KnownNames
+from handlers.protocols.lmi import adapters
+from handlers.protocols.lmi.batch_transform import ExecutionParameters, execution_parameters
+from handlers.protocols.lmi.replies import LMI_ERRORS, JsonLines, LmiBrokenLine, LmiError, LmiLine, LmiReply, LmiWriter
+from handlers.protocols.lmi.sagemaker import ADAPTER_HEADERS, INVOKE_ROUTES, PREFIX, accept_of, adapter_of
+from handlers.protocols.lmi.sessions import SessionBody, SessionReply, Sessions
+from handlers.protocols.markdown_images import image_parts
+from handlers.protocols.openai.bodies import ChatBody, CompletionBody
+from handlers.protocols.openai.completion_writer import CompletionWriter
+from handlers.protocols.openai.events import ReplyOptions
+from handlers.protocols.openai.replies import ChatCompletion, ChatCompletionChunk, Completion, OpenAIError
+from handlers.protocols.sampler_fields import (
+    Bias,
     ChoiceCount,
     MaxTokens,
     SamplerFields,
-    read_constraint,
+    StopStrings,
     sampler_values,
     sampling_params,
+    stop_strings,
 )
-from handlers.protocols.lmi import adapters
-from handlers.protocols.lmi.replies import (
-    LMI_ERRORS,
-    JsonLines,
-    LmiBrokenLine,
-    LmiError,
-    LmiLine,
-    LmiReply,
-    LmiWriter,
-)
-from handlers.protocols.lmi.sagemaker import (
-    ADAPTER_HEADERS,
-    INVOKE_ROUTES,
-    PREFIX,
-    ExecutionParameters,
-    SessionBody,
-    SessionReply,
-    Sessions,
-    accept_of,
-    adapter_of,
-    execution_parameters,
-)
-from handlers.protocols.markdown_images import image_parts
-from handlers.protocols.openai.replies import ChatCompletion, ChatCompletionChunk, Completion, OpenAIError
-from handlers.protocols.openai.requests import ChatBody, CompletionBody
-from handlers.protocols.openai.writers import CompletionWriter
 from handlers.protocols.tgi.replies import TgiWriter, shown_seeds
-from handlers.request import (
-    MAX_STOP_STRINGS,
-    Constraint,
-    GenerationRequest,
-    Incoming,
-    RequestSampling,
-    TextPrompt,
-)
+from handlers.request import Constraint, GenerationRequest, Incoming, RequestSampling, TextPrompt
 
 DEFAULT_NEW_TOKENS = 30
 
-_StopStrings = Annotated[list[str], Meta(max_length=MAX_STOP_STRINGS)]
-_Bias = Annotated[float, Meta(ge=-100, le=100)]
 _Candidates = Annotated[int, Meta(ge=0, le=20)]
 
 
@@ -88,10 +67,10 @@ class LmiParameters(SamplerFields, kw_only=True):
     max_new_tokens: MaxTokens | None = None
     min_new_tokens: int | None = None
     do_sample: bool | None = None
-    stop_sequences: str | _StopStrings | None = None
-    stop: str | _StopStrings | None = None
+    stop_sequences: str | StopStrings | None = None
+    stop: str | StopStrings | None = None
     ignore_eos_token: bool | None = None
-    logit_bias: dict[TokenId, _Bias] | None = None
+    logit_bias: dict[TokenId, Bias] | None = None
     return_full_text: bool | None = None
     details: bool | None = None
     decoder_input_details: bool | None = None
@@ -157,21 +136,19 @@ def read_lmi(body: dict[str, Any], server: ServerContext, incoming: Incoming, ad
     parameters = _read_parameters(given)
     if server.tgi_compat and parameters.details is None:
         parameters.details = True
-    many = isinstance(asked.inputs, list)
     prompts = asked.inputs if isinstance(asked.inputs, list) else [asked.inputs]
     if not prompts:
-        raise InvalidRequest("inputs is an empty list", param="inputs")
+        raise InvalidParameter("inputs", "is an empty list")
     stream = _streams(asked.stream, len(prompts), parameters, server)
     adapters = _adapters(asked.adapters, adapter, len(prompts))
-    details = bool(parameters.details)
     sampling = _read_sampling(
         parameters,
         server.sampling,
-        shows_tokens=stream or details,
+        shows_tokens=stream or bool(parameters.details),
         shows_prompt=parameters.prefill and not stream,
     )
     constraint = _constraint_of(given)
-    request_id, accept = incoming.request_id, accept_of(incoming.headers)
+    request_id = incoming.request_id
     misspelt = [*_BODY_NAMES.misspelt(body), *_PARAMETER_NAMES.misspelt(given, "parameters")]
     requests = [
         GenerationRequest(
@@ -188,14 +165,26 @@ def read_lmi(body: dict[str, Any], server: ServerContext, incoming: Incoming, ad
         )
         for i, text in enumerate(prompts)
     ]
+    writer = _writer(asked, prompts, parameters, requests, server, incoming)
+    return Task(requests, writer, misspelt, _FIELDS)
+
+
+def _writer(
+    asked: LmiBody,
+    prompts: list[str],
+    parameters: LmiParameters,
+    requests: list[GenerationRequest],
+    server: ServerContext,
+    incoming: Incoming,
+) -> Writer:
+    """Return the writer that the server's options and the `Accept` header ask for."""
+    accept, sampling, details = accept_of(incoming.headers), requests[0].sampling, bool(parameters.details)
     if server.custom_output:
-        completion = CompletionWriter(
-            reply_id=f"cmpl-{request_id}",
-            model=asked.model or server.model_name,
+        return CompletionWriter(
+            ReplyOptions(reply_id=f"cmpl-{incoming.request_id}", model=asked.model or server.model_name),
             n=parameters.returned,
             logprobs=parameters.top_tokens if sampling.logprobs is not None else None,
         )
-        return Task(requests, completion, misspelt, _FIELDS)
     if server.tgi_compat:
         events = TgiWriter(
             inputs=prompts,
@@ -207,19 +196,18 @@ def read_lmi(body: dict[str, Any], server: ServerContext, incoming: Incoming, ad
             seeds=[_seeded(request) for request in requests],
             special_token_ids=server.special_token_ids,
         )
-        return Task(requests, JsonLines(events) if wants_lines(accept) else events, misspelt, _FIELDS)
-    writer = LmiWriter(
+        return JsonLines(events) if wants_lines(accept) else events
+    return LmiWriter(
         inputs=prompts,
-        many=many,
+        many=isinstance(asked.inputs, list),
         returned=parameters.returned,
         details=details,
         prefill=sampling.prompt_logprobs is not None,
         full_text=bool(parameters.return_full_text),
         top_tokens=parameters.top_tokens,
         seed=None if parameters.seed == -1 else parameters.seed,
-        sse=_wants_sse(accept, server),
+        sse="text/event-stream" in accept or (server.output_formatter == "sse" and not wants_lines(accept)),
     )
-    return Task(requests, writer, misspelt, _FIELDS)
 
 
 def _streams(asked: bool | None, prompts: int, parameters: LmiParameters, server: ServerContext) -> bool:
@@ -240,15 +228,9 @@ def _adapters(named: str | list[str] | None, header: str | None, count: int) -> 
         return [header] * count
     if isinstance(named, list):
         if len(named) != count:
-            raise InvalidRequest(f"adapters has {len(named)} names for {count} inputs", param="adapters")
+            raise InvalidParameter("adapters", f"has {len(named)} names for {count} inputs")
         return [name or None for name in named]
     return [named or None] * count
-
-
-def _wants_sse(accept: str, server: ServerContext) -> bool:
-    if "text/event-stream" in accept:
-        return True
-    return server.output_formatter == "sse" and not wants_lines(accept)
 
 
 def wants_lines(accept: str) -> bool:
@@ -276,14 +258,10 @@ def _read_parameters(given: dict[str, Any]) -> LmiParameters:
     for name in ("n", "best_of"):
         count = getattr(parameters, name)
         if count is not None and not 1 <= count <= MAX_ANSWERS:
-            raise InvalidRequest(
-                f"parameters.{name} is {shown(count)}; allowed: from 1 to {MAX_ANSWERS}",
-                param=f"parameters.{name}",
-            )
+            raise InvalidParameter(f"parameters.{name}", f"is {shown(count)}; allowed: from 1 to {MAX_ANSWERS}")
     if parameters.n is not None and parameters.best_of is not None and parameters.n > parameters.best_of:
-        raise InvalidRequest(
-            f"parameters.n is {parameters.n}, more than parameters.best_of ({parameters.best_of})",
-            param="parameters.n",
+        raise InvalidParameter(
+            "parameters.n", f"is {parameters.n}, more than parameters.best_of ({parameters.best_of})"
         )
     return parameters
 
@@ -291,20 +269,16 @@ def _read_parameters(given: dict[str, Any]) -> LmiParameters:
 def _read_sampling(
     parameters: LmiParameters, defaults: Mapping[str, Any], *, shows_tokens: bool, shows_prompt: bool
 ) -> RequestSampling:
-    """Greedy unless asked otherwise, and 30 tokens, whatever the model's own defaults say. Engine names work, too.
+    """Return the sampling: greedy and 30 tokens unless the client asks for something else, as in LMI.
+
+    The model's own defaults do not change these two. The engine's names of parameters are read as well.
 
     shows_tokens, shows_prompt: whether the reply holds the answer's and the prompt's tokens with their
     probabilities. Raises InvalidRequest.
     """
-    stop = [*_strings(parameters.stop_sequences), *_strings(parameters.stop)]
-    if "" in stop:
-        raise InvalidRequest(
-            "parameters.stop_sequences: an empty string cannot end an answer",
-            param="parameters.stop_sequences",
-        )
     asked = sampler_values(parameters) | {
         "temperature": parameters.temperature if _samples(parameters) else 0.0,
-        "stop": tuple(stop) if stop else None,
+        "stop": stop_strings(parameters.stop_sequences, parameters.stop, name="parameters.stop_sequences"),
         "logit_bias": parameters.logit_bias,
         "ignore_eos": parameters.ignore_eos_token or parameters.ignore_eos,
         "logprobs": parameters.top_tokens if shows_tokens else 0 if parameters.answers > 1 else None,
@@ -339,10 +313,6 @@ def _samples(parameters: LmiParameters) -> bool:
     return parameters.temperature is not None if parameters.do_sample is None else parameters.do_sample
 
 
-def _strings(value: str | list[str] | None) -> list[str]:
-    return [value] if isinstance(value, str) else value or []
-
-
 def _claims(route: str, headers: Mapping[str, str], keys: Collection[str]) -> bool:
     return True
 
@@ -351,13 +321,7 @@ def _reads(keys: Collection[str], route: str) -> Reader | None:
     return read_lmi if "inputs" in keys else None
 
 
-def _framed(
-    read: Reader,
-    body: dict[str, Any],
-    server: ServerContext,
-    incoming: Incoming,
-    adapter: str | None,
-) -> Task:
+def _framed(read: Reader, body: dict[str, Any], server: ServerContext, incoming: Incoming, adapter: str | None) -> Task:
     """Read another API's body; `option.output_formatter` and the `Accept` header decide whether and how to stream."""
     if "inputs" in body:
         return read(body, server, incoming, adapter)

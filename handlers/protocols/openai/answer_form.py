@@ -13,7 +13,7 @@ from typing import Any, cast
 from msgspec import UNSET
 
 from handlers.deltas import Delta, PromptStats
-from handlers.errors import InvalidRequest
+from handlers.errors import InvalidParameter
 from handlers.parsers.base import (
     CallArguments,
     CallBroken,
@@ -81,16 +81,10 @@ def answer_form(
     if tools is not None and tools.forced:
         if constraint is not None:
             choice = "function_call" if tools.legacy else "tool_choice"
-            raise InvalidRequest(
-                f"{constraint.param} and a {choice} that forces a call exclude each other: send one of them",
-                param=constraint.param,
+            raise InvalidParameter(
+                constraint.param, f"and a {choice} that forces a call exclude each other: send one of them"
             )
-        named = tools.choice == "named"
-        called: FinishReason = "stop" if named else "function_call" if tools.legacy else "tool_calls"
-        return AnswerForm(
-            tools.constraint(),
-            ParsedAnswers(_forced(tools, server), called=called, parallel=tools.parallel, legacy=tools.legacy),
-        )
+        return AnswerForm(tools.constraint(), ParsedAnswers(_forced(tools, server), tools))
     calls = formats.tools if tools is not None else None
     if constraint is not None or (calls is None and formats.reasoning is None):
         return AnswerForm(constraint)
@@ -106,16 +100,9 @@ def answer_form(
         return ReasoningThenCalls(reasoning.parser(asked), calls.parser(asked))
 
     markers = frozenset[str]().union(*(known.markers for known in (calls, reasoning) if known is not None))
-    legacy = tools is not None and tools.legacy
     return AnswerForm(
         None,
-        ParsedAnswers(
-            make,
-            called="function_call" if legacy else "tool_calls",
-            parallel=tools is None or tools.parallel,
-            hide_reasoning=hide_reasoning,
-            legacy=legacy,
-        ),
+        ParsedAnswers(make, tools, hide_reasoning=hide_reasoning),
         keeps_special_tokens=not markers.isdisjoint(server.special_tokens),
         hides_tokens=hide_reasoning and reasoning is not None,
     )
@@ -133,29 +120,15 @@ def _forced(tools: Tools, server: ServerContext) -> MakeParser:
 class ParsedAnswers:
     """Parses the answers to one prompt."""
 
-    def __init__(
-        self,
-        make: MakeParser,
-        *,
-        called: FinishReason = "tool_calls",
-        parallel: bool = True,
-        hide_reasoning: bool = False,
-        legacy: bool = False,
-    ) -> None:
-        """Prepare to parse.
-
-        Args:
-            make: Makes a parser for each answer.
-            called: The finish reason of a complete answer with calls.
-            parallel: False to show only an answer's first call.
-            hide_reasoning: Whether to leave out reasoning.
-            legacy: Whether a call is shown as `function_call`, of which an answer has one.
-        """
+    def __init__(self, make: MakeParser, tools: Tools | None, *, hide_reasoning: bool = False) -> None:
         self._make = make
-        self._called = called
-        self._only_first = legacy or not parallel
+        self._legacy = tools is not None and tools.legacy
+        self._only_first = tools is not None and not tools.parallel
+        self._called: FinishReason = "function_call" if self._legacy else "tool_calls"
+        """The finish reason of a complete answer with calls."""
+        if tools is not None and tools.choice == "named":
+            self._called = "stop"
         self.hide_reasoning = hide_reasoning
-        self._legacy = legacy
         self._open: dict[int, _Streamed] = {}
 
     def message(self, answer: Answer, stats: PromptStats) -> tuple[ChatMessage, FinishReason | None]:

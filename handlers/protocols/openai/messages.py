@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 from PIL.Image import Image
 
-from handlers.errors import InvalidRequest
+from handlers.errors import InvalidParameter, InvalidRequest
 from handlers.protocols.base import described, reference
-from handlers.protocols.body import KnownNames, kind_of, refuse_unknown, shown_value
+from handlers.protocols.body import kind_of, refuse_unknown, shown_value
+from handlers.protocols.known_names import KnownNames
 from handlers.request import EmbeddingsPart, Grid, ImagePart, Message, Part, TextPart
 
 _ROLE = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -61,7 +62,7 @@ _MOST_MESSAGES = 32
 """The number of last messages whose keys are checked: a client writes all of them in the same way."""
 
 FEWEST_PARTS = 4096
-"""The number of messages, or of parts, that a chat may have whatever the model's context."""
+"""The number of messages, or of parts, that a chat may have with any model; a longer context allows more."""
 
 _ROWS, _GRID = "image_embeds", "image_grid_thw"
 
@@ -105,10 +106,7 @@ class TextContent(Struct):
 
 
 _PARTS = (TextContent, ImageContent, EmbeddingsContent)
-_LIST_OF_PARTS = {
-    "type": "array",
-    "items": {"anyOf": [*(reference(part) for part in _PARTS), {"type": "string"}]},
-}
+_LIST_OF_PARTS = {"type": "array", "items": {"anyOf": [*(reference(part) for part in _PARTS), {"type": "string"}]}}
 
 
 class RequestMessage(Struct):
@@ -131,16 +129,14 @@ class AssistantMessage(Struct):
 def read_messages(messages: list[Any], *, embeddings: bool = False, context: int = 0) -> list[Message]:
     """Return the messages of a chat.
 
-    Args:
-        messages: As the client sent them.
-        embeddings: Whether clients may send embeddings in place of images.
-        context: The model's context in tokens, 0 if not known; each message, and each part of one, takes at least one.
+    embeddings: clients may send embeddings in place of images. context: the model's context in tokens, 0 if not known;
+    each message, and each part of one, takes at least one.
 
     Raises:
         InvalidRequest: It names the path of what is wrong, as in "messages[1].content[0].image_url.url".
     """
     if not messages:
-        raise InvalidRequest("messages is empty: send at least one", param="messages")
+        raise InvalidParameter("messages", "is empty: send at least one")
     _check_number(len(messages), "messages", context)
     contents = (message.get("content") for message in messages if isinstance(message, dict))
     parts = sum(len(content) for content in contents if isinstance(content, list))
@@ -167,7 +163,7 @@ def _check_number(count: int, what: str, context: int) -> None:
 
 
 def misspelt(messages: list[Any]) -> list[str]:
-    """Return warnings about the names in messages (see `KnownNames.misspelt`), unless the name meant is given, too."""
+    """Return warnings about misspelt names in messages whose intended name is not given as well."""
     found: list[str] = []
     for i in range(max(0, len(messages) - _MOST_MESSAGES), len(messages)):
         found += _NAMES.misspelt(messages[i], f"messages[{i}]", only_missing=True)
@@ -183,21 +179,21 @@ def _message(message: Any, path: str) -> Message:
     if not isinstance(role, str):
         raise _wrong(f"{path}.role", "a string", role)
     if not _ROLE.fullmatch(role):
-        raise InvalidRequest(
-            f"{path}.role is {role[:40]!r}; allowed: system, developer, user, assistant, tool, or another "
+        raise InvalidParameter(
+            f"{path}.role",
+            f"is {role[:40]!r}; allowed: system, developer, user, assistant, tool, or another "
             "word that the model's chat template knows",
-            param=f"{path}.role",
         )
     for key, instead in _NOT_READ.items():
         if message.get(key):
-            raise InvalidRequest(f"{path}.{key} is not read by this server: {instead}", param=f"{path}.{key}")
+            raise InvalidParameter(f"{path}.{key}", f"is not read by this server: {instead}")
     _refuse_media(message, path)
     name, call_id, reasoning = (_optional_string(message, key, path) for key in ("name", "tool_call_id", "reasoning"))
     if reasoning is None:
         reasoning = _optional_string(message, "reasoning_content", path)
     calls = _calls(message, path)
     content = message.get("content")
-    if content is None:  # As in a reply of which only reasoning or calls came, and as empty as in vLLM.
+    if content is None:  # As in a reply with only reasoning or calls; the content is then empty, as in vLLM.
         content = message.get("refusal") or []
         if not content and not calls and reasoning is None:
             _refuse_instead_of_content(message, path)
@@ -227,9 +223,8 @@ def _refuse_instead_of_content(message: dict[str, Any], path: str) -> None:
     """Refuse a message without content whose text seems to be under another name, rather than answer an empty one."""
     for name, known in _NAMES.nearest(message):
         if known == "content" and message[name]:
-            raise InvalidRequest(
-                f"{path}.content is missing; the key {name!r} that the message has is not read by this server",
-                param=f"{path}.content",
+            raise InvalidParameter(
+                f"{path}.content", f"is missing; the key {name!r} that the message has is not read by this server"
             )
 
 
@@ -259,7 +254,7 @@ def _content(content: Any, path: str) -> list[Part]:
 
 
 def _is_empty(part: Any) -> bool:
-    """Whether a text part's text is null, as some clients send it; vLLM skips it, too."""
+    """Whether a text part's text is null, as some clients send it; vLLM skips it as well."""
     return isinstance(part, dict) and part.get("type") in ("text", "refusal") and part.get(part["type"], 0) is None
 
 
@@ -288,9 +283,8 @@ def _part(part: Any, path: str) -> Part:
     if isinstance(part.get(kind), Image):  # As a script may, but no body can.
         return ImagePart("", given=part[kind])
     instead = next((f"; {instead}" for name, instead in _MEDIA.items() if name in kind.lower()), "")
-    raise InvalidRequest(
-        f"{path}.type is {kind[:40]!r}; this server reads parts of type text, image_url and image_embeds{instead}",
-        param=f"{path}.type",
+    raise InvalidParameter(
+        f"{path}.type", f"is {kind[:40]!r}; this server reads parts of type text, image_url and image_embeds{instead}"
     )
 
 
@@ -302,14 +296,14 @@ def _url(image_url: Any, path: str) -> str:
         image_url, path = image_url.get("url"), f"{path}.url"
     url = _string(image_url, path)
     if not url:
-        raise InvalidRequest(f"{path} is empty: send a https:, http: or data: URL", param=path)
+        raise InvalidParameter(path, "is empty: send a https:, http: or data: URL")
     return url
 
 
 def _check_detail(fields: dict[str, Any], path: str) -> None:
     if (detail := fields.get("detail")) not in _DETAILS:
         allowed = ", ".join(filter(None, _DETAILS))
-        raise InvalidRequest(f"{path}.detail is {shown_value(detail)}; allowed: {allowed}", param=f"{path}.detail")
+        raise InvalidParameter(f"{path}.detail", f"is {shown_value(detail)}; allowed: {allowed}")
 
 
 def _embeddings(given: Any, path: str) -> EmbeddingsPart:
@@ -317,7 +311,7 @@ def _embeddings(given: Any, path: str) -> EmbeddingsPart:
     if not isinstance(given, dict):
         return EmbeddingsPart(_string(given, path))
     if unknown := given.keys() - {_ROWS, _GRID}:
-        raise InvalidRequest(f"{path} holds {min(unknown)[:40]!r}; allowed: {_ROWS} and {_GRID}", param=path)
+        raise InvalidParameter(path, f"holds {min(unknown)[:40]!r}; allowed: {_ROWS} and {_GRID}")
     rows = _string(given.get(_ROWS), f"{path}.{_ROWS}")
     grid = given.get(_GRID)
     if grid is None or isinstance(grid, str):
@@ -334,9 +328,7 @@ def _grid(given: Any, path: str) -> Grid:
             type(number) is int and 1 <= number < 2**31 for number in given
         ):
             return frames, rows, columns
-    raise InvalidRequest(
-        f"{path} must be 3 whole numbers from 1, or what torch.save writes of them, in base64", param=path
-    )
+    raise InvalidParameter(path, "must be 3 whole numbers from 1, or what torch.save writes of them, in base64")
 
 
 def _string(value: Any, path: str) -> str:
@@ -348,8 +340,8 @@ def _string(value: Any, path: str) -> str:
 
 
 def _missing(path: str) -> InvalidRequest:
-    return InvalidRequest(f"{path} is missing", param=path)
+    return InvalidParameter(path, "is missing")
 
 
 def _wrong(path: str, wanted: str, value: Any) -> InvalidRequest:
-    return InvalidRequest(f"{path} is {kind_of(value)}, not {wanted}", param=path)
+    return InvalidParameter(path, f"is {kind_of(value)}, not {wanted}")

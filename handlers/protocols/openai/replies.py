@@ -1,7 +1,7 @@
 """OpenAI's replies: the structs that are both written and described by `/openapi.json`.
 
-Their fields stand in the order in which they are written. Those that are left out where nobody asked for them are
-`UNSET`; those that are None are written as null.
+Their fields are written in this order. A field that is left out unless the client asks for it is `UNSET`; None is
+written as null.
 """
 
 from __future__ import annotations
@@ -58,12 +58,9 @@ class Candidate(Struct, forbid_unknown_fields=True):
     bytes: list[int] | None
 
 
-class ChosenToken(Struct, forbid_unknown_fields=True):
+class ChosenToken(Candidate, forbid_unknown_fields=True):
     """A token of the answer, and the candidates that were most likely in its place."""
 
-    token: str
-    logprob: float
-    bytes: list[int] | None
     top_logprobs: list[Candidate]
 
 

@@ -9,12 +9,14 @@ from typing import Any, Literal
 
 import msgspec
 
-from handlers.errors import InvalidRequest
+from handlers.errors import InvalidParameter, InvalidRequest
 from handlers.grammars.json_schema import subschemas
 from handlers.parsers.base import AnswerFormats
-from handlers.protocols.body import KnownNames, refuse_unknown, shown_value
+from handlers.protocols.body import refuse_unknown, shown_value
 from handlers.protocols.body_limits import MAX_DEPTH, depth
-from handlers.protocols.fields import MAX_BYTES
+from handlers.protocols.constraints import MAX_BYTES
+from handlers.protocols.known_names import KnownNames
+from handlers.protocols.openai.bodies import ChatBody
 from handlers.request import Constraint
 
 MAX_TOOLS = 128
@@ -40,7 +42,7 @@ class Tools:
         offered: All functions, for the chat template, each as {"type": "function", "function": {...}}.
         callable: Those that may be called; only one if the choice is "named".
         choice: Whether the model may choose to call, must call, or must call the one function.
-        parallel: Whether an answer may contain several calls.
+        parallel: Whether an answer may contain several calls, which it never does for `legacy`.
         legacy: Whether the client uses OpenAI's older `functions` instead of `tools`.
     """
 
@@ -65,33 +67,26 @@ class Tools:
         return Constraint("json_schema", msgspec.json.encode(schema).decode(), "tools", whitespace_pattern="[ ]?")
 
 
-def read_tools(
-    *,
-    tools: Sequence[object] | None,
-    choice: object = None,
-    parallel: bool | None = None,
-    functions: Sequence[object] | None = None,
-    function_call: object = None,
-    formats: AnswerFormats,
-) -> Tools | None:
+def read_tools(asked: ChatBody, formats: AnswerFormats) -> Tools | None:
     """Return the tools of a request; None if none may be called. `functions` and `function_call` are the older names.
 
     Raises:
         InvalidRequest: It names the path of what is wrong.
     """
-    legacy = not tools and bool(functions)
+    choice: object = asked.tool_choice
+    legacy = not asked.tools and bool(asked.functions)
     if legacy:
-        field, choice_field, offered = "functions", "function_call", functions or ()
-        choice = {"function": function_call} if isinstance(function_call, dict) else function_call
+        field, choice_field, offered = "functions", "function_call", asked.functions
+        choice = {"function": asked.function_call} if isinstance(asked.function_call, dict) else asked.function_call
     else:
-        field, choice_field, offered = "tools", "tool_choice", tools or ()
+        field, choice_field, offered = "tools", "tool_choice", asked.tools
     mode, allowed = _choice(choice, choice_field)
     if mode == "none":
         return None
     if not offered:
         if mode in (None, "auto") and allowed is None:
             return None
-        raise InvalidRequest(f"{choice_field} asks for a call: send {field} to choose from", param=choice_field)
+        raise InvalidParameter(choice_field, f"asks for a call: send {field} to choose from")
     definitions = _definitions(offered, field)
     if mode not in (None, *_MODES) and allowed is None:
         allowed, mode = [str(mode)], "named"
@@ -100,18 +95,16 @@ def read_tools(
         known = {tool["function"]["name"]: tool for tool in definitions}
         for name in allowed:
             if name not in known:
-                raise InvalidRequest(
-                    f"{choice_field} names {name[:80]!r}, which is not among the {field}", param=choice_field
-                )
+                raise InvalidParameter(choice_field, f"names {name[:80]!r}, which is not among the {field}")
         usable = [known[name] for name in dict.fromkeys(allowed)]
-    parallel = parallel is not False and not legacy
+    parallel = asked.parallel_tool_calls is not False and not legacy
     if mode in ("required", "named"):
         return Tools(definitions, usable, "named" if mode == "named" else "required", parallel, legacy)
     if not formats.auto or formats.tools is None:
-        raise InvalidRequest(
-            f'{choice_field} "auto" (the default) requires option.enable_auto_tool_choice=true and '
-            f'option.tool_call_parser to be set on this server; a named choice, "required" and "none" work without',
-            param=choice_field,
+        raise InvalidParameter(
+            choice_field,
+            '"auto" (the default) requires option.enable_auto_tool_choice=true and '
+            'option.tool_call_parser to be set on this server; a named choice, "required" and "none" work without',
         )
     return Tools(definitions, usable, "auto", parallel, legacy)
 
@@ -122,7 +115,7 @@ def _choice(given: object, param: str) -> tuple[str | None, list[str] | None]:
         return given or None, None
     correct = '{"type": "function", "function": {"name": "..."}}'
     if not isinstance(given, dict):
-        raise InvalidRequest(f"{param} must be a string or {correct}", param=param)
+        raise InvalidParameter(param, f"must be a string or {correct}")
     refuse_unknown(given, _CHOICE, param)
     if given.get("type") == "allowed_tools":
         return _allowed(given.get("allowed_tools"), param)
@@ -130,7 +123,7 @@ def _choice(given: object, param: str) -> tuple[str | None, list[str] | None]:
         _refuse_misspelt(function, f"{param}.function", param)
     name = _name_of(given)
     if (given.get("type") or "function") != "function" or name is None:
-        raise InvalidRequest(f'{param} is none of "none", "auto", "required" and {correct}', param=param)
+        raise InvalidParameter(param, f'is none of "none", "auto", "required" and {correct}')
     return "named", [name]
 
 
@@ -141,10 +134,7 @@ def _allowed(given: object, param: str) -> tuple[str, list[str]]:
     mode, tools = fields.get("mode"), fields.get("tools")
     names = [_name_of(tool) for tool in tools] if isinstance(tools, list) else []
     if mode not in ("auto", "required") or not names or len(names) > MAX_TOOLS or None in names:
-        raise InvalidRequest(
-            f'{param} must be {{"mode": "auto" or "required", "tools": [functions by their names]}}',
-            param=param,
-        )
+        raise InvalidParameter(param, 'must be {"mode": "auto" or "required", "tools": [functions by their names]}')
     return mode, [name for name in names if name is not None]
 
 
@@ -158,20 +148,19 @@ def _name_of(given: object) -> str | None:
 
 def _definitions(offered: Sequence[object], field: str) -> list[dict[str, Any]]:
     if len(offered) > MAX_TOOLS:
-        raise InvalidRequest(f"{field} has {len(offered)} entries; allowed: {MAX_TOOLS}", param=field)
+        raise InvalidParameter(field, f"has {len(offered)} entries; allowed: {MAX_TOOLS}")
     definitions: list[dict[str, Any]] = []
     for number, given in enumerate(offered):
         path = f"{field}[{number}]"
         if not isinstance(given, dict):
-            raise InvalidRequest(f"{path} must be an object", param=path)
+            raise InvalidParameter(path, "must be an object")
         if field == "functions":
             function: object = given
         else:
             kind = given.get("type")
             if kind is not None and kind != "function":
-                raise InvalidRequest(
-                    f"{path}.type is {shown_value(kind)}; this server knows tools of type function",
-                    param=f"{path}.type",
+                raise InvalidParameter(
+                    f"{path}.type", f"is {shown_value(kind)}; this server knows tools of type function"
                 )
             refuse_unknown(given, _TOOL, path)
             function, path = given.get("function"), f"{path}.function"
@@ -179,39 +168,37 @@ def _definitions(offered: Sequence[object], field: str) -> list[dict[str, Any]]:
     names = [tool["function"]["name"] for tool in definitions]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise InvalidRequest(f"{field} has two functions named {twice!r}", param=field)
+        raise InvalidParameter(field, f"has two functions named {twice!r}")
     if (size := len(msgspec.json.encode(definitions))) > MAX_BYTES:
-        raise InvalidRequest(f"{field} have {size} bytes; allowed: {MAX_BYTES}", param=field)
+        raise InvalidParameter(field, f"have {size} bytes; allowed: {MAX_BYTES}")
     return definitions
 
 
 def _function(given: object, path: str) -> dict[str, Any]:
     """Return a checked copy; `parameters`, which TGI's clients also call `arguments`, have their usual name there."""
     if not isinstance(given, dict):
-        raise InvalidRequest(f"{path} must be an object with the function's name", param=path)
+        raise InvalidParameter(path, "must be an object with the function's name")
     name = given.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         shown = f"is {name[:80]!r}" if isinstance(name, str) else "is missing"
-        raise InvalidRequest(
-            f"{path}.name {shown}; allowed: 1 to 128 letters, digits, underscores, dots and dashes",
-            param=f"{path}.name",
+        raise InvalidParameter(
+            f"{path}.name", f"{shown}; allowed: 1 to 128 letters, digits, underscores, dots and dashes"
         )
     _refuse_misspelt(given, path, path)
     description = given.get("description")
     if description is not None and not isinstance(description, str):
-        raise InvalidRequest(f"{path}.description must be a string", param=f"{path}.description")
+        raise InvalidParameter(f"{path}.description", "must be a string")
     function = {key: value for key, value in given.items() if value is not None and key != "arguments"}
     key = "parameters" if given.get("parameters") is not None else "arguments"
     parameters = given.get(key)
     if parameters is not None:
         if not isinstance(parameters, dict) or parameters.get("type", "object") != "object":
-            raise InvalidRequest(
-                f'{path}.{key} must be the JSON schema of an object: {{"type": "object", "properties": ...}}',
-                param=f"{path}.{key}",
+            raise InvalidParameter(
+                f"{path}.{key}", 'must be the JSON schema of an object: {"type": "object", "properties": ...}'
             )
         function["parameters"] = parameters
     if depth(function) > MAX_DEPTH:
-        raise InvalidRequest(f"{path} is nested too deeply; allowed: {MAX_DEPTH} levels", param=path)
+        raise InvalidParameter(path, f"is nested too deeply; allowed: {MAX_DEPTH} levels")
     return function
 
 

@@ -25,12 +25,8 @@ from handlers.errors import (
     ServingError,
     Unavailable,
 )
-from handlers.protocols.base import JSON, MAX_ANSWERS, MAX_PROMPTS, Answer, Answered, ErrorFormat
-from handlers.request import (
-    MAX_STOP_STRINGS,
-    Incoming,
-    Reply,
-)
+from handlers.protocols.base import JSON, MAX_ANSWERS, MAX_PROMPTS, SSE_TYPE, Answer, Answered, ErrorFormat
+from handlers.request import MAX_STOP_STRINGS, Incoming, Reply
 from handlers.version import VERSION
 
 if TYPE_CHECKING:
@@ -44,21 +40,18 @@ _DRAWN_BITS = 53
 FinishReason = Literal["length", "eos_token", "stop_sequence"]
 
 
-class TgiToken(Struct, forbid_unknown_fields=True):
-    """A token. Clients join the texts of those that are not special."""
-
-    id: int
-    text: str
-    logprob: float | None
-    special: bool
-
-
 class TgiPrefillToken(Struct, forbid_unknown_fields=True):
     """A token of the prompt; the first one has no probability."""
 
     id: int
     text: str
     logprob: float | None
+
+
+class TgiToken(TgiPrefillToken, forbid_unknown_fields=True):
+    """A token. Clients join the texts of those that are not special."""
+
+    special: bool
 
 
 class TgiSequence(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -114,7 +107,6 @@ class TgiWriter:
     Attributes:
         inputs: The prompts as they were sent.
         array: The objects are in a list.
-        details: Show details.
         prefill: Details show the prompt's tokens.
         full_text: The text begins with the prompt.
         top_tokens: The number of alternatives to show at each position.
@@ -131,7 +123,7 @@ class TgiWriter:
     top_tokens: int = 0
     special_token_ids: Set[int] = frozenset()
 
-    stream_type = "text/event-stream"
+    stream_type = SSE_TYPE
     keep_alive = b":\n\n"
 
     def __post_init__(self) -> None:
@@ -152,8 +144,7 @@ class TgiWriter:
             if others:
                 reply.details.best_of_sequences = [
                     TgiSequence(
-                        generated_text=self._text(inputs, other),
-                        **self._sequence(other, its_seed, answered.stats),
+                        generated_text=self._text(inputs, other), **self._sequence(other, its_seed, answered.stats)
                     )
                     for other, its_seed in others
                 ]
@@ -173,10 +164,7 @@ class TgiWriter:
             events[-1].generated_text = self._text(self.inputs[0], self._answer)
             if self.details:
                 events[-1].details = TgiStreamDetails(
-                    finish_reason(self._answer),
-                    len(self._answer.token_ids),
-                    self.seeds[0][0],
-                    stats.prompt_tokens,
+                    finish_reason(self._answer), len(self._answer.token_ids), self.seeds[0][0], stats.prompt_tokens
                 )
         return b"".join([b"data: " + _encode(event) + b"\n\n" for event in events])
 

@@ -14,19 +14,14 @@ import msgspec
 
 from engine.sampling_params import MAX_LOGPROBS, MAX_SEED, shown
 from handlers.errors import InvalidRequest
-from handlers.protocols.base import (
-    MAX_ANSWERS,
-    READ,
-    SSE_TYPE,
-    Api,
-    Reader,
-    Route,
-    ServerContext,
-    Task,
-    described_as,
-)
-from handlers.protocols.body import KnownNames, convert
-from handlers.protocols.fields import (
+from handlers.protocols.base import MAX_ANSWERS, READ, SSE_TYPE, Api, Reader, Route, ServerContext, Task, described_as
+from handlers.protocols.body import convert
+from handlers.protocols.constraints import read_constraint
+from handlers.protocols.known_names import KnownNames
+from handlers.protocols.markdown_images import image_parts
+from handlers.protocols.openai.bodies import ChatBody, CompletionBody
+from handlers.protocols.openai.replies import ChatCompletion, ChatCompletionChunk, Completion
+from handlers.protocols.sampler_fields import (
     ChoiceCount,
     Fraction,
     MaxTokens,
@@ -34,28 +29,11 @@ from handlers.protocols.fields import (
     RepetitionPenalty,
     Temperature,
     TopK,
-    read_constraint,
     sampling_params,
+    stop_strings,
 )
-from handlers.protocols.markdown_images import image_parts
-from handlers.protocols.openai.replies import ChatCompletion, ChatCompletionChunk, Completion
-from handlers.protocols.openai.requests import ChatBody, CompletionBody
-from handlers.protocols.tgi.replies import (
-    TGI_ERRORS,
-    Info,
-    TgiEvent,
-    TgiReply,
-    TgiWriter,
-    info,
-    shown_seeds,
-)
-from handlers.request import (
-    MAX_STOP_STRINGS,
-    GenerationRequest,
-    Incoming,
-    RequestSampling,
-    TextPrompt,
-)
+from handlers.protocols.tgi.replies import TGI_ERRORS, Info, TgiEvent, TgiReply, TgiWriter, info, shown_seeds
+from handlers.request import MAX_STOP_STRINGS, GenerationRequest, Incoming, RequestSampling, TextPrompt
 
 GENERATE_ROUTES = frozenset({"/", "/generate", "/generate_stream"})
 
@@ -100,9 +78,8 @@ class TgiParameters(msgspec.Struct):
         )
 
     @property
-    def stops(self) -> list[str]:
-        named = (self.stop, self.stop_sequences)
-        return [text for one in named for text in ([one] if isinstance(one, str) else one or ())]
+    def stops(self) -> tuple[str, ...]:
+        return stop_strings(self.stop, self.stop_sequences, name="`stop`")
 
 
 class TgiBody(msgspec.Struct):
@@ -135,7 +112,10 @@ def read_tgi(body: dict[str, Any], server: ServerContext, incoming: Incoming, ad
         raise InvalidRequest("`inputs` cannot be empty", param="inputs")
     _check_truncate(parameters.truncate, server.max_model_len)
     answers = parameters.best_of or 1
-    seeds = _seeds(parameters, answers)
+    # Answers that are not drawn show no seed.
+    seeds: list[int | None] = [None] * answers
+    if parameters.samples:
+        seeds = shown_seeds(parameters.seed, answers)
     details = bool(parameters.details or parameters.decoder_input_details)
     request = GenerationRequest(
         request_id=incoming.request_id,
@@ -179,11 +159,8 @@ def _read_parameters(given: dict[str, Any], *, stream: bool) -> TgiParameters:
             raise InvalidRequest(f"`{name}` must be > 0.0 and <= 1.0", param=name)
     if len(asked.stops) > MAX_STOP_STRINGS:
         raise InvalidRequest(
-            f"`stop` supports up to {MAX_STOP_STRINGS} stop sequences. Given: {len(asked.stops)}",
-            param="stop",
+            f"`stop` supports up to {MAX_STOP_STRINGS} stop sequences. Given: {len(asked.stops)}", param="stop"
         )
-    if "" in asked.stops:
-        raise InvalidRequest("`stop`: an empty string cannot end an answer", param="stop")
     top = asked.top_n_tokens
     if top is not None and not 0 <= top <= MAX_LOGPROBS:
         raise InvalidRequest(
@@ -193,8 +170,7 @@ def _read_parameters(given: dict[str, Any], *, stream: bool) -> TgiParameters:
         raise InvalidRequest("`seed` must be >= 0 and < 2^64", param="seed")
     if stream and asked.decoder_input_details:
         raise InvalidRequest(
-            "`decoder_input_details` == true is not supported when streaming tokens",
-            param="decoder_input_details",
+            "`decoder_input_details` == true is not supported when streaming tokens", param="decoder_input_details"
         )
     return asked
 
@@ -219,22 +195,13 @@ def _check_best_of(asked: TgiParameters, stream: bool) -> None:
 def _check_truncate(truncate: int | None, context: int) -> None:
     if truncate is not None and not 0 < truncate <= context:
         raise InvalidRequest(
-            f"`truncate` must be strictly positive and less than {context}. Given: {shown(truncate)}",
-            param="truncate",
+            f"`truncate` must be strictly positive and less than {context}. Given: {shown(truncate)}", param="truncate"
         )
-
-
-def _seeds(asked: TgiParameters, answers: int) -> list[int | None]:
-    """Return the seeds that the reply shows for each answer: none for answers that were not drawn."""
-    if not asked.samples:
-        return [None] * answers
-    return shown_seeds(asked.seed, answers)
 
 
 def _sampling(asked: TgiParameters, seeds: list[int | None], *, shows_tokens: bool) -> RequestSampling:
     """Return the sampling. TGI knows no defaults of the model's own, and keeps a stop string in the text."""
     seed = seeds[0]
-    stops = asked.stops
     values = {
         "max_tokens": asked.max_new_tokens,
         "temperature": (asked.temperature or 1.0) if asked.samples else 0.0,
@@ -244,8 +211,8 @@ def _sampling(asked: TgiParameters, seeds: list[int | None], *, shows_tokens: bo
         "repetition_penalty": asked.repetition_penalty,
         "frequency_penalty": asked.frequency_penalty,
         "seed": None if seed is None else seed & MAX_SEED,
-        "stop": tuple(stops) if stops else None,
-        "include_stop_str_in_output": True if stops else None,
+        "stop": asked.stops,
+        "include_stop_str_in_output": bool(asked.stops),
         "logprobs": (asked.top_n_tokens or 0) if shows_tokens else None,
         "prompt_logprobs": 0 if asked.decoder_input_details else None,
     }
@@ -254,8 +221,8 @@ def _sampling(asked: TgiParameters, seeds: list[int | None], *, shows_tokens: bo
 
 _ERROR_ROUTES = frozenset({*GENERATE_ROUTES, "/chat_tokenize", "/info"})
 _BROWSER_CLIENT = "@huggingface/"
-"""Hugging Face's JavaScript client shows an error only where it is a string, on every route, and calls again at once
-and for ever where the status is 503: it gets TGI's errors."""
+"""Hugging Face's JavaScript client, which gets TGI's errors on every route: it shows an error only if it is a string,
+and after a 503 it calls again at once, without end."""
 
 
 def _claims(route: str, headers: Mapping[str, str], keys: Collection[str]) -> bool:

@@ -353,7 +353,7 @@ def asked(
         if isinstance(item, str):
             parts.append(TextPart(item))
         elif isinstance(item, Image.Image):
-            parts.append(ImagePart("data:", LoadedImage(item, item.tobytes()[:64] + repr(item.size).encode())))
+            parts.append(ImagePart("data:", loaded=LoadedImage(item, item.tobytes()[:64] + repr(item.size).encode())))
         else:
             parts.append(EmbeddingsPart("", loaded=item))
     params = RequestSampling(**{"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, **(sampling or {})})

@@ -44,7 +44,7 @@ def test_images_come_in_order() -> None:
 def test_loaded_parts_are_left_alone() -> None:
     async def main() -> None:
         loader = ImageLoader(ImageLimits())
-        done = ImagePart("file:///nowhere", LoadedImage(Image.new("RGB", (1, 1)), b"digest"))
+        done = ImagePart("file:///nowhere", loaded=LoadedImage(Image.new("RGB", (1, 1)), b"digest"))
         fresh = ImagePart(data_url())
         await loader.load([done, fresh])
         assert fresh.loaded is not None

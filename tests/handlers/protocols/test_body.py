@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from handlers.protocols.body import KnownNames, warning
-from handlers.protocols.openai.requests import ChatBody, known_names
+from handlers.protocols.known_names import KnownNames, warning
+from handlers.protocols.openai.bodies import ChatBody, known_names
 from handlers.request import Reply
 from tests.support.scripted import ScriptedBackend, chat, everything, incoming, said, service
 

@@ -18,6 +18,7 @@ from handlers.protocols.base import MAX_PROMPTS, ServerContext, Task
 from handlers.protocols.lmi.requests import read_lmi
 from handlers.protocols.markdown_images import image_parts
 from handlers.request import GenerationRequest, ImagePart, Reply, RequestSampling, TextPart, TextPrompt
+from tests.support.pace import too_long
 from tests.support.scripted import ScriptedBackend, Step, everything, incoming, said, service, token
 
 CAT = "https://images.example/cat.png"
@@ -123,7 +124,7 @@ def test_every_parameter_reaches_the_engine() -> None:
 
 
 def test_unknown_and_harmless_parameters_are_accepted(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG, "handlers.protocols.body")
+    caplog.set_level(logging.DEBUG, "handlers.protocols.known_names")
     harmless = {"watermark": True, "length_penalty": 2, "early_stopping": True, "num_beams": 1}
     assert sampling(best_of=1, n=1, whatever=[1], details=None, **harmless) == sampling()
     assert caplog.messages == ["unknown parameter ignored: whatever"]
@@ -169,7 +170,7 @@ def test_hostile_text_is_searched_in_linear_time() -> None:
     ):
         started = time.process_time()
         image_parts(hostile)
-        assert time.process_time() - started < 10, "quadratic text took minutes"
+        assert not too_long(time.process_time() - started, 10), "quadratic text took minutes"
 
 
 def test_prompts_are_raw_text() -> None:

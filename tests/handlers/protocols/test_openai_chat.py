@@ -21,15 +21,15 @@ from handlers.deltas import Delta, PositionLogprobs, PromptStats
 from handlers.errors import InvalidRequest, ServingError, UnsupportedMediaType
 from handlers.protocols.base import ServerContext
 from handlers.protocols.body import read_body
-from handlers.protocols.openai.requests import (
+from handlers.protocols.openai.bodies import (
     FALSE_ONLY,
     IGNORED,
     READ_ELSEWHERE,
     UNSUPPORTED,
     ChatBody,
     CompletionBody,
-    read_chat,
 )
+from handlers.protocols.openai.chat import read_chat
 from handlers.request import ChatPrompt, GenerationRequest, ImagePart, RequestSampling, TextPart
 from tests.support.scripted import ScriptedBackend, Step, chat, everything, incoming, said, service, token
 

@@ -13,7 +13,8 @@ from openai.types import Completion
 from handlers.deltas import Delta, PositionLogprobs, PromptStats
 from handlers.errors import EngineFailed, InvalidRequest
 from handlers.protocols.base import MAX_PROMPTS, ServerContext, Task
-from handlers.protocols.openai.requests import read_chat, read_completion
+from handlers.protocols.openai.chat import read_chat
+from handlers.protocols.openai.completions import read_completion
 from handlers.request import Constraint, GenerationRequest, ImagePart, RequestSampling, TextPart, TextPrompt
 from tests.support.scripted import ScriptedBackend, Step, everything, incoming, said, service, token
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from handlers.errors import InvalidRequest, Overloaded
-from handlers.protocols.lmi.sagemaker import Sessions
+from handlers.protocols.lmi.sessions import Sessions
 from handlers.request import Reply
 from handlers.service import Service
 from tests.support.scripted import ScriptedBackend, chat, incoming, said, service

@@ -15,7 +15,8 @@ from handlers.backends.vllm.sampling import Samplers, usual_sampling
 from handlers.prompts.generation_config import read_default_sampling
 from handlers.protocols.base import ServerContext, Task
 from handlers.protocols.lmi.requests import read_lmi
-from handlers.protocols.openai.requests import read_chat, read_completion
+from handlers.protocols.openai.chat import read_chat
+from handlers.protocols.openai.completions import read_completion
 from handlers.protocols.tgi.requests import read_tgi
 from handlers.request import RequestSampling
 from handlers.request_checks import checked_sampling, checked_tokens

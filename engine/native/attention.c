@@ -4,7 +4,7 @@
 // reads the keys and values once, some tokens at a time, and keeps for each query head that shares them the greatest
 // score so far, the sum of the weights and the weighted sum of the values (the online softmax of FlashAttention).
 //
-// engine/attention/cpu.py loads the library and declares the same structures.
+// engine/native/library.py declares the same structures; engine/attention/cpu.py calls attend_decodes.
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC target("avx2,fma")  // cpu.py asks whether the processor has them

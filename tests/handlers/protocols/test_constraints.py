@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from handlers.errors import InvalidRequest
-from handlers.protocols.fields import MAX_BYTES, MAX_DEPTH, read_constraint
+from handlers.protocols.body_limits import MAX_DEPTH
+from handlers.protocols.constraints import MAX_BYTES, read_constraint
 from handlers.request import Constraint
 
 SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "string"}}}
