@@ -17,7 +17,7 @@ from engine.attention.select import choose_kernel
 from engine.commands import ChunkInput, Command, Encode, Run, Scrub, Trim
 from engine.config import EngineConfig
 from engine.decode_graphs import DecodeGraphs, has_graphs
-from engine.encoder_cache import EncoderCache, EncoderOutput
+from engine.encoder_cache import EncoderCache
 from engine.families.base import AttendedChunk, FamilyModel
 from engine.memory import cache_blocks, encoder_budget
 from engine.messages import EMBEDDINGS, ImageInput
@@ -67,10 +67,7 @@ class ModelRunner:
             special=model.special_attention,
         )
         kernel, shape = choose_kernel(
-            config.attention,
-            shape,
-            config.block_size,
-            query_heads=layout.query_heads // config.tensor_parallel_degree,
+            config.attention, shape, config.block_size, query_heads=layout.query_heads // config.tensor_parallel_degree
         )
         self.block_size = shape.block_size
         image_bytes = layout.image_values // config.tensor_parallel_degree * self.dtype.itemsize
@@ -79,9 +76,7 @@ class ModelRunner:
         self.image_slots = images // image_bytes if image_bytes else None
         if image_bytes:
             logger.info(
-                "memory for %d images of running requests, %.1f MiB each",
-                self.image_slots,
-                image_bytes / 2**20,
+                "memory for %d images of running requests, %.1f MiB each", self.image_slots, image_bytes / 2**20
             )
         self.encoder_cache = EncoderCache(images)
         self.threads = StepThreads(1)
@@ -120,21 +115,18 @@ class ModelRunner:
         The images must differ in digest and must not be cached.
         """
         self.threads.use_all()
+        raw: list[ImageInput] = []
+        for image in images:
+            if EMBEDDINGS in image.tensors:
+                self.encoder_cache.put(image.digest, self._on_device(image)[EMBEDDINGS].to(self.dtype))
+            else:
+                raw.append(image)
         batch = self.model.encode_batch
-        for start in range(0, len(images), batch):
-            some = images[start : start + batch]
-            encoded = [image for image in some if EMBEDDINGS in image.tensors]
-            for image in encoded:
-                rows = self._on_device(image)[EMBEDDINGS]
-                self.encoder_cache.put(image.digest, rows.to(self.dtype))
-            raw = [image for image in some if EMBEDDINGS not in image.tensors]
-            if raw:
-                for image, features in zip(raw, self._encoded(raw), strict=True):
-                    # A copy, so that keeping one image's output does not keep the whole batch.
-                    self.encoder_cache.put(image.digest, features.clone())
-
-    def _encoded(self, images: Items[ImageInput]) -> list[EncoderOutput]:
-        return self.model.encode([self._on_device(image) for image in images])
+        for start in range(0, len(raw), batch):
+            some = raw[start : start + batch]
+            for image, features in zip(some, self.model.encode([self._on_device(i) for i in some]), strict=True):
+                # A copy, so that keeping one image's output does not keep the whole batch.
+                self.encoder_cache.put(image.digest, features.clone())
 
     def _on_device(self, image: ImageInput) -> dict[str, torch.Tensor]:
         return {name: torch.from_numpy(data.unpack()).to(self.device) for name, data in image.tensors.items()}
@@ -213,7 +205,7 @@ class ModelRunner:
         return -rows % unit
 
     def _pack(self, chunks: Items[ChunkInput]) -> tuple[PackedStep, np.ndarray, np.ndarray]:
-        """Pack the chunks, on the host; those of one token come first.
+        """Pack the chunks on the host. Chunks of one token come first.
 
         Most steps have no others, and are filled without a loop over numpy calls.
         """
