@@ -143,8 +143,8 @@ def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
         "extra": {
             name: {
                 "value": item.value if name in configuration.backend_options - SECRET else MASK,
-                "source": item.source.kind,
-                "location": item.source.location,
+                "source": item.kind,
+                "location": item.location,
             }
             for name, item in configuration.extra.items()
         },

@@ -58,10 +58,9 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True, tag=True):
         gpu_memory_utilization: Part of an accelerator's memory that this engine may use.
         encoder_cache_bytes: Bytes for vision-encoder outputs per device; None chooses by device and model.
         enable_prefix_caching: Whether requests share the blocks of a common prefix.
-        pickled_weights: Whether PyTorch's own files, which are pickles, may be read where there are no
-            safetensors. Code in them is never executed.
-        threads: Intra-op threads per process on a CPU; None chooses from the cores and the number of
-            processes.
+        pickled_weights: Whether PyTorch's own files, which are pickles, may be read where there are no safetensors.
+            Code in them is never executed.
+        threads: Intra-op threads per process on a CPU; None chooses from the cores and the number of processes.
         int8: Whether the decoder computes with weights and rows of 8 bits, which changes its answers. CPU only.
         enforce_eager: Whether decode steps run without CUDA graphs.
         attention: Name of the attention kernel, or "auto".

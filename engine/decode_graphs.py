@@ -59,7 +59,7 @@ class DecodeGraphs:
 
     Attributes:
         sizes: Numbers of rows that get a graph, ascending.
-        replays: Number of rows -> what computes so many rows of the buffers. Steps that fit into none run eagerly.
+        replays: Number of rows -> function that computes that many rows of the buffers. Longer steps run eagerly.
     """
 
     def __init__(self, model: FamilyModel, kernel: AttentionKernel, *, max_num_seqs: int, max_model_len: int) -> None:
@@ -124,7 +124,7 @@ class DecodeGraphs:
         return self._hidden[:count]
 
     def compute(self, numbers: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
-        """Compute a step from its buffers alone, all of which are on the device.
+        """Compute a step from its buffers alone, which are all on the device.
 
         Args:
             numbers: [4 + position_axes, rows]: token ids, slots, context lengths, whether the sequence is long (see
@@ -142,7 +142,7 @@ class DecodeGraphs:
         return self._model.forward(self._model.embed(token_ids), positions, kernel=self._kernel, tokens=len(token_ids))
 
     def compute_rows(self, rows: int) -> None:
-        """Compute so many rows of the buffers."""
+        """Compute this many rows of the buffers."""
         self._hidden[:rows] = self.compute(self._numbers[:, :rows], self._tables[:rows])
 
     @torch.inference_mode()
@@ -170,7 +170,7 @@ class DecodeGraphs:
                     taken = free - torch.cuda.mem_get_info(device)[0]
                     if taken > GRAPHS_RESERVE:
                         break
-        except Exception:  # whatever an operation raises that cannot be captured
+        except Exception:  # an operation that cannot be captured may raise any error
             self.replays.clear()
             logger.warning(
                 "CUDA graphs cannot be captured, so steps run without them; option.enforce_eager=true does not try",

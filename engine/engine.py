@@ -38,8 +38,7 @@ PROMPT_LOGITS = 1 << 24
 """Greatest number of logits that are computed at a time for the log probabilities of prompts."""
 
 MOST_LOST_STEPS = 8
-"""Number of consecutive steps that fail for every request, each alone, before the process is considered
-broken."""
+"""Number of consecutive steps that fail for every request, each alone, before the process is considered broken."""
 
 WARM_UP_TOKENS = 32
 

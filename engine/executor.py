@@ -28,8 +28,7 @@ from processes.inside import Frames
 logger = logging.getLogger(__name__)
 
 JOIN_TIMEOUT = timedelta(minutes=30)
-"""How long ranks wait for each other, loading included. A rank that dies is noticed at once, without this
-limit."""
+"""How long ranks wait for each other, loading included. A rank that dies is noticed at once, without this limit."""
 
 
 class RankSetup(msgspec.Struct):

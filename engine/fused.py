@@ -107,26 +107,35 @@ class FusedDecoder:
         return cls(decoder) if stacked else None
 
     def __call__(
-        self, embeddings: torch.Tensor, positions: torch.Tensor, *, kernel: AttentionKernel, tokens: int
+        self,
+        embeddings: torch.Tensor,
+        positions: torch.Tensor,
+        rows: torch.Tensor,
+        *,
+        kernel: AttentionKernel,
+        tokens: int,
     ) -> torch.Tensor:
-        """Run the layers.
+        """Run the layers. Of the last one, only what the wanted rows need is computed after its attention.
 
         Args:
             embeddings: [T, D].
             positions: [1, T], or [axes, 1, T].
+            rows: Indices of the wanted rows.
             kernel: Computes the attention.
             tokens: Number of real tokens; the others are padding.
 
         Returns:
-            Hidden states [T, D].
+            Hidden states [len(rows), D].
         """
         cos, sin = (table[0].unsqueeze(1) for table in self._rotary(embeddings[None], positions))
         low, high = sin.chunk(2, -1)
         sin = torch.cat((-low, high), -1)
         hidden = embeddings
-        for layer in self._layers:
-            hidden = layer.run(hidden, cos, sin, kernel, tokens)
-        return _normalised(hidden, self._norm)
+        *others, last = self._layers
+        for layer in others:
+            hidden = layer.forward(hidden, layer.attend(hidden, cos, sin, kernel, tokens))
+        attended = last.attend(hidden, cos, sin, kernel, tokens)
+        return _normalised(last.forward(hidden[rows], attended[rows]), self._norm)
 
 
 class _Layer:
@@ -144,10 +153,13 @@ class _Layer:
         own = attention.config if "Mistral" in type(attention).__name__ else attention
         self._window: int | None = getattr(own, "sliding_window", None)
 
-    def run(
+    def attend(
         self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kernel: AttentionKernel, tokens: int
     ) -> torch.Tensor:
-        """Map [T, D] to [T, D]. cos, sin: [T, 1, head_dim]; the first half of the sines is negated."""
+        """Return the attention's result for the layer's input [T, D], before its output projection: [T, heads * dim].
+
+        cos, sin: [T, 1, head_dim]; the first half of the sines is negated.
+        """
         rows = len(hidden)
         heads = self._qkv(_normalised(hidden, self._norms[0])).view(rows, -1, self._head_dim)
         turned, value = heads[:, : -self._keys], heads[:tokens, -self._keys :]
@@ -165,7 +177,11 @@ class _Layer:
         )
         if tokens < rows:
             attended = F.pad(attended, (0, 0, 0, 0, 0, rows - tokens))
-        hidden = self._output(attended.reshape(rows, -1)).add_(hidden)
+        return attended.reshape(rows, -1)
+
+    def forward(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """Map the layer's input [T, D] and what `attend` returned for it to its output [T, D]."""
+        hidden = self._output(attended).add_(hidden)
         gate, up = self._gate_up(_normalised(hidden, self._norms[1])).chunk(2, -1)
         forwarded: torch.Tensor = self._down(self._act(gate).mul_(up))
         return forwarded.add_(hidden)

@@ -188,8 +188,7 @@ class Guidance:
     def constrain(self, guides: Sequence[Guide], states: Sequence[SamplingState]) -> None:
         """Give each state the mask from which the sampler chooses; it is empty where the guide's `reason` is set.
 
-        While a completion is shorter than min_tokens, or with ignore_eos, it ends only where the grammar
-        does.
+        While a completion is shorter than min_tokens, or with ignore_eos, it ends only where the grammar does.
         """
         try:
             for mask, state in zip(self.fill(guides), states, strict=True):

@@ -22,14 +22,7 @@ from engine.fused import FusedDecoder, stack
 from engine.machine import computes_bfloat16
 from engine.packed_linear import pack, quantize
 from engine.tensor_parallel import Ranks
-from engine.weights import (
-    JUDGED,
-    MISTRAL_CLASSES,
-    are_mistrals,
-    complete,
-    mistral_state_dict,
-    weight_files,
-)
+from engine.weights import JUDGED, MISTRAL_CLASSES, are_mistrals, complete, mistral_state_dict, weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +40,7 @@ def read_config(model_path: str) -> PretrainedConfig:
         stored, _ = PretrainedConfig.get_config_dict(model_path)
         register(str(stored.get("model_type")))
         config: PretrainedConfig = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
-    except Exception as error:  # a damaged file raises whatever the code stumbles over
+    except Exception as error:  # a damaged file may raise any error
         raise ModelLoadError(f"config.json of the model cannot be read: {one_line(error)}") from error
     _family(config).model.check(config)
     return config

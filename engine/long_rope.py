@@ -1,8 +1,7 @@
 """Rotary frequencies that depend on the length of a request: LongRoPE of Phi-3 (Ding et al. 2024).
 
 Up to the model's original length a request uses one set of frequencies for all its tokens, beyond it another.
-transformers chooses by the largest position of the whole row, which in a packed row belongs to another
-request.
+transformers chooses by the largest position of the whole row, which in a packed row belongs to another request.
 """
 
 from __future__ import annotations

@@ -36,12 +36,7 @@ GRAPHS_RESERVE = 1 << 30
 
 
 def cache_blocks(
-    config: EngineConfig,
-    shape: CacheShape,
-    text: PretrainedConfig,
-    image_bytes: int = 0,
-    *,
-    graphs: bool = False,
+    config: EngineConfig, shape: CacheShape, text: PretrainedConfig, image_bytes: int = 0, *, graphs: bool = False
 ) -> tuple[int, int]:
     """Compute the longest request and the number of key/value blocks.
 

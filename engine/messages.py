@@ -1,7 +1,6 @@
 """Messages between the front end and an engine process, in msgpack.
 
-The front end sends `Opening` until the engine is configured, and then `ToEngine`; the engine sends
-`FromEngine`.
+The front end sends `Opening` until the engine is configured, and then `ToEngine`; the engine sends `FromEngine`.
 """
 
 from __future__ import annotations
@@ -32,9 +31,7 @@ class TensorData(msgspec.Struct, array_like=True):
     def pack(cls, array: npt.NDArray[np.generic]) -> TensorData:
         array = np.ascontiguousarray(array)
         return cls(
-            str(array.dtype),
-            array.shape,
-            memoryview(array.tobytes()) if not array.size else array.data.cast("B"),
+            str(array.dtype), array.shape, memoryview(array.tobytes()) if not array.size else array.data.cast("B")
         )
 
     def unpack(self) -> npt.NDArray[np.generic]:
@@ -46,14 +43,13 @@ class ImageInput(msgspec.Struct, array_like=True):
     """One image of a prompt, prepared for the family's encoder.
 
     Attributes:
-        digest: Identifies the pixels and how they were prepared. It is the key of the encoder cache, and part
-            of the hash of every key/value block that holds one of the image's tokens.
+        digest: Identifies the pixels and how they were prepared. It is the key of the encoder cache, and part of the
+            hash of every key/value block that holds one of the image's tokens.
         offset: Index of the image's first token in the prompt.
         length: Number of the image's tokens.
-        tensors: Arguments of the family's encoder, or only the encoder's output, [rows, D], named
-            `EMBEDDINGS`.
-        is_embed: Which of the `length` tokens take one of the encoder's output rows, in order; None means
-            all. Some families put row ends and break tokens between the rows.
+        tensors: Arguments of the family's encoder, or only the encoder's output, [rows, D], named `EMBEDDINGS`.
+        is_embed: Which of the `length` tokens take one of the encoder's output rows, in order; None means all. Some
+            families put row ends and break tokens between the rows.
     """
 
     digest: bytes

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain, pairwise
 
 import numpy as np
 import torch
@@ -17,11 +17,11 @@ from engine.attention.select import choose_kernel
 from engine.commands import ChunkInput, Command, Encode, Run, Scrub, Trim
 from engine.config import EngineConfig
 from engine.decode_graphs import DecodeGraphs, has_graphs
-from engine.encoder_cache import EncoderCache, EncoderOutput
+from engine.encoder_cache import EncoderCache
 from engine.families.base import AttendedChunk, FamilyModel
 from engine.memory import cache_blocks, encoder_budget
 from engine.messages import EMBEDDINGS, ImageInput
-from engine.packed_linear import PackedLinear
+from engine.packed_linear import PackedLinear, most_cheap_rows
 from engine.threads import StepThreads
 
 logger = logging.getLogger(__name__)
@@ -67,10 +67,7 @@ class ModelRunner:
             special=model.special_attention,
         )
         kernel, shape = choose_kernel(
-            config.attention,
-            shape,
-            config.block_size,
-            query_heads=layout.query_heads // config.tensor_parallel_degree,
+            config.attention, shape, config.block_size, query_heads=layout.query_heads // config.tensor_parallel_degree
         )
         self.block_size = shape.block_size
         image_bytes = layout.image_values // config.tensor_parallel_degree * self.dtype.itemsize
@@ -79,12 +76,11 @@ class ModelRunner:
         self.image_slots = images // image_bytes if image_bytes else None
         if image_bytes:
             logger.info(
-                "memory for %d images of running requests, %.1f MiB each",
-                self.image_slots,
-                image_bytes / 2**20,
+                "memory for %d images of running requests, %.1f MiB each", self.image_slots, image_bytes / 2**20
             )
         self.encoder_cache = EncoderCache(images)
         self.threads = StepThreads(1)
+        self._cheap_rows = most_cheap_rows(model.decoder, model.head)
         self.max_model_len, self.num_blocks = cache_blocks(config, shape, text, image_bytes, graphs=graphs)
         self.kernel = kernel(replace(shape, num_blocks=self.num_blocks + graphs))
         self.graphs: DecodeGraphs | None = None
@@ -119,21 +115,18 @@ class ModelRunner:
         The images must differ in digest and must not be cached.
         """
         self.threads.use_all()
+        raw: list[ImageInput] = []
+        for image in images:
+            if EMBEDDINGS in image.tensors:
+                self.encoder_cache.put(image.digest, self._on_device(image)[EMBEDDINGS].to(self.dtype))
+            else:
+                raw.append(image)
         batch = self.model.encode_batch
-        for start in range(0, len(images), batch):
-            some = images[start : start + batch]
-            encoded = [image for image in some if EMBEDDINGS in image.tensors]
-            for image in encoded:
-                rows = self._on_device(image)[EMBEDDINGS]
-                self.encoder_cache.put(image.digest, rows.to(self.dtype))
-            raw = [image for image in some if EMBEDDINGS not in image.tensors]
-            if raw:
-                for image, features in zip(raw, self._encoded(raw), strict=True):
-                    # A copy, so that keeping one image's output does not keep the whole batch.
-                    self.encoder_cache.put(image.digest, features.clone())
-
-    def _encoded(self, images: Items[ImageInput]) -> list[EncoderOutput]:
-        return self.model.encode([self._on_device(image) for image in images])
+        for start in range(0, len(raw), batch):
+            some = raw[start : start + batch]
+            for image, features in zip(some, self.model.encode([self._on_device(i) for i in some]), strict=True):
+                # A copy, so that keeping one image's output does not keep the whole batch.
+                self.encoder_cache.put(image.digest, features.clone())
 
     def _on_device(self, image: ImageInput) -> dict[str, torch.Tensor]:
         return {name: torch.from_numpy(data.unpack()).to(self.device) for name, data in image.tensors.items()}
@@ -148,27 +141,34 @@ class ModelRunner:
         order = sorted(range(len(chunks)), key=lambda i: chunks[i].length != 1)
         ordered = [chunks[i] for i in order]
         step, token_ids, positions = self._pack(ordered)
-        run = self.graphs.run if self.graphs is not None and self.graphs.take(ordered) else self._forward
-        hidden = run(ordered, step, token_ids, positions)
-        rows: dict[int, range] = {}
-        whole: dict[int, slice] = {}
-        for place, index in enumerate(order):
+        samples: list[int] = []
+        prompts: dict[int, range] = {}
+        for index, place in sorted(zip(order, range(len(order)), strict=True)):
             chunk, start = chunks[index], step.query_starts[place]
-            if chunk.samples:
-                rows[index] = range(start + chunk.length - chunk.samples, start + chunk.length)
+            samples += range(start + chunk.length - chunk.samples, start + chunk.length)
             if chunk.prompt_logits:
-                whole[index] = slice(start, start + chunk.length)
-        wanted = [row for i in range(len(chunks)) for row in rows.get(i, ())]
-        picked = hidden[torch.tensor(wanted + wanted[:1] * self._padding(len(wanted)), dtype=torch.long)]
+                prompts[index] = range(start, start + chunk.length)
+        padded = samples + samples[:1] * self._padding(len(samples))
+        spans = list(accumulate(map(len, prompts.values()), initial=len(padded)))
+        rows = torch.tensor([*padded, *chain.from_iterable(prompts.values())], dtype=torch.long, device=self.device)
+        if self.graphs is not None and self.graphs.take(ordered):
+            hidden = self.graphs.run(ordered, step, token_ids, positions)[rows]
+        else:
+            hidden = self._forward(ordered, step, token_ids, positions, rows)
         return StepLogits(
-            samples=self.model.logits(picked)[: len(wanted)],
-            prompts={index: hidden[span] for index, span in whole.items()},
+            samples=self.model.logits(hidden[: len(padded)])[: len(samples)],
+            prompts={index: hidden[start:stop] for index, (start, stop) in zip(prompts, pairwise(spans), strict=True)},
         )
 
     def _forward(
-        self, chunks: Items[ChunkInput], step: PackedStep, token_ids: np.ndarray, positions: np.ndarray
+        self,
+        chunks: Items[ChunkInput],
+        step: PackedStep,
+        token_ids: np.ndarray,
+        positions: np.ndarray,
+        rows: torch.Tensor,
     ) -> torch.Tensor:
-        """Return the hidden states [tokens, D] of packed chunks."""
+        """Return the last hidden states [len(rows), D] of some rows of the packed chunks."""
         step.slots = step.slots.to(self.device)
         embeddings = self.model.embed(torch.from_numpy(token_ids).to(self.device))
         attended: list[AttendedChunk] = []
@@ -187,9 +187,10 @@ class ModelRunner:
         if padding:
             embeddings = F.pad(embeddings, (0, 0, 0, padding))
             positions = np.pad(positions, ((0, 0), (0, padding)))
-        return self.model.forward(
+        return self.model.last_hidden(
             embeddings,
             torch.from_numpy(positions if len(positions) > 1 else positions[0]).to(self.device),
+            rows,
             kernel=self.kernel,
             tokens=step.num_tokens,
             **({"attended": attended} if attended else {}),
@@ -197,18 +198,14 @@ class ModelRunner:
         )
 
     def _padding(self, rows: int) -> int:
-        """How many rows to add, so that few different numbers of rows occur.
-
-        On a CPU oneDNN builds and keeps a program for every shape of a 16-bit matrix product, half a megabyte
-        and a millisecond each.
-        """
-        if self.device.type != "cpu" or self.dtype == torch.float32 or rows == 0:
+        """How many rows to add, so that few different numbers of rows occur (see `most_cheap_rows`)."""
+        if self.device.type != "cpu" or self.dtype == torch.float32 or rows <= self._cheap_rows:
             return 0
         unit = 8 if rows <= 128 else 32 if rows <= 256 else 64
-        return -rows % unit if rows > 4 else 0
+        return -rows % unit
 
     def _pack(self, chunks: Items[ChunkInput]) -> tuple[PackedStep, np.ndarray, np.ndarray]:
-        """Pack the chunks, on the host; those of one token come first.
+        """Pack the chunks on the host. Chunks of one token come first.
 
         Most steps have no others, and are filled without a loop over numpy calls.
         """

@@ -1,11 +1,10 @@
 """Chooses the next token of each request in a step, for all rows at once.
 
-The logits of a row are processed in this order: DRY, repetition penalty, presence and frequency penalties,
-logit bias, masks (allowed tokens, repeated n-grams, unwanted words, min_tokens, the grammar). Where
-temperature is 0, argmax follows; otherwise temperature, top_k, top_p, min_p, typical_p (the order of
-transformers' `generate`) and the draw. Requests with other samplers, or another order, use `engine.warping`
-instead. The draw depends only on the request's seed and its number of tokens: not on the batch, on
-preemption, or on how the prompt was cut.
+The logits of a row are processed in this order: DRY, repetition penalty, presence and frequency penalties, logit bias,
+masks (allowed tokens, repeated n-grams, unwanted words, min_tokens, the grammar). Where temperature is 0, argmax
+follows; otherwise temperature, top_k, top_p, min_p, typical_p (the order of transformers' `generate`) and the draw.
+Requests with other samplers, or another order, use `engine.warping` instead. The draw depends only on the request's
+seed and its number of tokens: not on the batch, on preemption, or on how the prompt was cut.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ import torch
 from torch import Tensor
 
 from engine.messages import Logprobs
-from engine.sampling_state import Ids, SamplingState, Weights
+from engine.repetition import Ids, Weights
+from engine.sampling_state import SamplingState
 from engine.warping import SMALLEST_TEMPERATURE, keep_likeliest, keep_typical, surprises, warp
 
 INVALID = -1
@@ -99,14 +99,7 @@ class Sampler:
 
     def edit(self, logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
         """Float32 scores [S, V] after penalties, bias and masks; `logits` itself if there are none."""
-        dry, repetition, penalties, bias, mask = (
-            LogitsEdits(),
-            LogitsEdits(),
-            LogitsEdits(),
-            LogitsEdits(),
-            LogitsEdits(),
-        )
-        allowed = LogitsEdits()
+        dry, repetition, penalties, bias, mask, allowed = (LogitsEdits() for _ in range(6))
         grammars: dict[int, npt.NDArray[np.uint32]] = {}
         for row, state in enumerate(states):
             if not state.edited:

@@ -84,7 +84,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=Tr
 
     A protocol has already answered a client's bad value with a 4xx; `validate` is the engine's own check.
     `temperature == 0` is greedy and ignores top_k, top_p, min_p, typical_p and seed. The fields from `top_a`
-    on are Aphrodite's; for their formulas see `engine.warping` and `engine.sampling_state` (DRY, n-grams).
+    on are Aphrodite's; for their formulas see `engine.warping` and `engine.repetition`.
 
     Attributes:
         max_tokens: Greatest number of tokens to generate; None means up to the end of the context.
@@ -93,7 +93,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=Tr
         repetition_penalty: Applies to prompt and completion (Keskar et al. 2019, CTRL); 1.0 means none.
         presence_penalty: Applies to the completion only, as OpenAI documents it.
         frequency_penalty: Applies to the completion only, as OpenAI documents it.
-        seed: Makes the draw reproducible, whatever else is in the batch; from 0 to MAX_SEED.
+        seed: Makes the draw reproducible in any batch; from 0 to MAX_SEED.
         stop_token_ids: Ids that end the completion, in addition to the model's end-of-sequence ids.
         logprobs: None for none, 0 for the chosen token alone, k for k alternatives beside it.
         prompt_logprobs: The same for the prompt's positions (the first position has none).

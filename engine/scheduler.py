@@ -1,4 +1,4 @@
-"""Chooses how many tokens of which sequence the next step computes: one budget, no phases, decodes first."""
+"""Chooses which sequences the next step computes, and how many tokens of each: one budget, no phases, decodes first."""
 
 from __future__ import annotations
 
@@ -44,10 +44,9 @@ class Scheduler:
     """Keeps the waiting and running sequences, and cuts the batch of each step from them.
 
     Sequences with one uncomputed token (decodes) come before those with more, so a long prompt never delays a
-    completion that is being streamed. The rest of the token budget goes to prompts: running ones first, then
-    waiting ones in order of rank. When blocks run out, the running sequence of the last rank loses its blocks
-    and returns to the queue; its tokens are computed again later, although many of them can often still be
-    found as a cached prefix.
+    completion that is being streamed. The rest of the token budget goes to prompts: running ones first, then waiting
+    ones in order of rank. When blocks run out, the running sequence of the last rank loses its blocks and returns to
+    the queue; its tokens are computed again later, although many of them can often still be found as a cached prefix.
     """
 
     def __init__(
@@ -67,8 +66,7 @@ class Scheduler:
             max_num_seqs: Greatest number of running sequences.
             max_num_batched_tokens: Token budget of a step; at least `max_num_seqs`.
             vocab_size: Number of tokens that can be drafted.
-            image_slots: Number of images that all running sequences may hold together; None where there is no
-                limit.
+            image_slots: Number of images that all running sequences may hold together; None where there is no limit.
             max_step_seconds: See `StepTime`.
         """
         assert max_num_batched_tokens >= max_num_seqs, "the budget must hold one token for every sequence"
@@ -183,7 +181,7 @@ class Scheduler:
         return stop - start
 
     def _images_fit(self, sequence: Sequence) -> bool:
-        """Whether the sequence's images can be held beside those of the running sequences."""
+        """Whether there are slots for the sequence's images and the running sequences' images together."""
         if self.image_slots is None:
             return True
         held = {image.digest for other in (*self.running, sequence) for image in other.images}
@@ -194,15 +192,14 @@ class Scheduler:
 
         One more is kept for each running sequence, so that admission does not cause preemption.
         """
-        reserve = len(self.running)
-        missing = self.pool.missing(sequence, num_tokens)
-        return missing + reserve <= self.pool.num_free or (reserve == 0 and missing <= self.pool.num_free)
+        return self.pool.missing(sequence, num_tokens) + len(self.running) <= self.pool.num_free
 
     def _allocate(self, sequence: Sequence, num_tokens: int, chunks: list[Chunk], preempted: set[int]) -> bool:
         """Allocate for `sequence`, preempting from the last rank up; False if it was preempted itself."""
         while not self.pool.allocate(sequence, num_tokens):
             victim = max(self.running, key=lambda s: s.rank)
-            self._preempt(victim)
+            self.restart(victim)
+            self.preemptions += 1
             preempted.add(victim.request_id)
             chunks[:] = [chunk for chunk in chunks if chunk.sequence is not victim]
             if victim is sequence:
@@ -215,8 +212,4 @@ class Scheduler:
         self.pool.release(sequence)
         sequence.num_computed = 0
         sequence.block_hashes.clear()
-        insort(self.waiting, sequence, key=lambda s: s.rank)
-
-    def _preempt(self, victim: Sequence) -> None:
-        self.restart(victim)
-        self.preemptions += 1
+        self.add(sequence)

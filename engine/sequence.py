@@ -24,20 +24,18 @@ if TYPE_CHECKING:
 class Sequence:
     """State of one completion; what can be derived from it is a property.
 
-    `num_computed` catches up with `num_tokens`: the keys and values of that many tokens are in the cache.
-    There is no prefill or decode phase; a sequence with one token left to compute is decoding.
+    `num_computed` catches up with `num_tokens`: the keys and values of that many tokens are in the cache. There is no
+    prefill or decode phase; a sequence with one token left to compute is decoding.
 
     Attributes:
-        leader: The first completion of the same prompt. This one waits for its blocks instead of computing
-            them as well.
-        guide: Position of the completion in its grammar; None for free text. Like the tokens, it survives
-            preemption.
+        leader: The first completion of the same prompt. This one waits for its blocks instead of computing them as
+            well.
+        guide: Position of the completion in its grammar; None for free text. Like the tokens, it survives preemption.
         prefix_salt: See `engine.families.base.FamilyModel`.
         attends_images: See `engine.families.base.FamilyModel`.
         spans: See `engine.families.base.FamilyModel`.
-        long_after: A sequence with more tokens `is_long`: the model uses other rotary frequencies for it, so
-            all of its keys are computed again when it grows past this length. None where there is only one
-            set of frequencies.
+        long_after: A sequence with more tokens `is_long`: the model uses other rotary frequencies for it, so all of its
+            keys are computed again when it grows past this length. None where there is only one set of frequencies.
         positions: See `engine.families.preprocessor.Preprocessor.positions`.
         position_delta: See `engine.families.preprocessor.Preprocessor.positions`.
         lookup: Drafts the next tokens; None without speculative decoding.

@@ -14,9 +14,8 @@ FEWEST_TOKENS = 16
 class StepTime:
     """Bounds the time that requests which are being streamed wait for the prompts and images of others.
 
-    A step with decodes gets so many prompt tokens and images that it takes about `seconds`, or two and a half times as
-    long as the decodes alone where that is longer. Without decodes nobody waits between two tokens, and nothing is
-    bounded.
+    A step with decodes gets as many prompt tokens and images as fit into `seconds`, or into two and a half times the
+    time of the decodes alone where that is longer. Steps without decodes are not bounded, since no stream waits.
     """
 
     def __init__(self, seconds: float | None) -> None:
@@ -47,7 +46,7 @@ class StepTime:
         return encoding > self._bound / 2
 
     def note_step(self, prompt_tokens: int, seconds: float) -> None:
-        """Learn from a step without images that computed so many tokens of prompts."""
+        """Learn from a step without images that computed this many prompt tokens."""
         if prompt_tokens == 0:
             self._decodes = _averaged(self._decodes, seconds)
         elif prompt_tokens >= FEWEST_TOKENS:

@@ -47,8 +47,7 @@ def read_plan(config: PretrainedConfig, size: int, own: Mapping[str, str] | None
         Module name -> way of cutting.
 
     Raises:
-        ModelLoadError: The model has no plan, or its heads or widths are not divisible by the number of
-            ranks.
+        ModelLoadError: The model has no plan, or its heads or widths are not divisible by the number of ranks.
     """
     plan: Mapping[str, str] = own or getattr(config, "base_model_tp_plan", None) or {}
     if not plan:

@@ -1,14 +1,13 @@
-"""Samplers that reshape a distribution, each as published; those of a request are in its `Warping`.
+"""Samplers that reshape a distribution, each as published; a request's samplers are in its `Warping`.
 
 `mass` is [S, V] float32: the probabilities of a row up to a factor, scaled so that the best token has 1. A filter sets
 the mass of what it removes to 0. Apart from ties (where transformers' top-p drops an arbitrary token) each filter keeps
 what the warper of the same name in transformers keeps.
 
-`scores` is [S, V] float32, the logits of a row minus their maximum: the best token has 0, a removed one -inf.
-`own` holds the parameters of the rows by the names of SamplingParams, [S, 1] float64. Each sampler returns
-new scores, and treats rows independently. A sampler removes tokens by a threshold, so that tokens of equal
-probability are kept or removed together, and never removes the best token (only typical sampling and XTC
-may).
+`scores` is [S, V] float32, the logits of a row minus their maximum: the best token has 0, a removed one -inf. `own`
+holds the parameters of the rows by the names of SamplingParams, [S, 1] float64. Each sampler returns new scores, and
+treats rows independently. A sampler removes tokens by a threshold, so that tokens of equal probability are kept or
+removed together, and never removes the best token (only typical sampling and XTC may).
 """
 
 from __future__ import annotations
@@ -166,8 +165,7 @@ def typical(scores: Tensor, own: RowParameters) -> Tensor:
 def quadratic(scores: Tensor, own: RowParameters) -> Tensor:
     """Apply quadratic sampling (kalomaze).
 
-    x, a logit minus the best, becomes -k x² + s x³ with k = factor (3 - curve) / 2 and s = factor (curve - 1)
-    / 2.
+    x, a logit minus the best, becomes -k x² + s x³ with k = factor (3 - curve) / 2 and s = factor (curve - 1) / 2.
     """
     factor, curve = own["smoothing_factor"], own["smoothing_curve"]
     k, s = (factor * (3.0 - curve) / 2.0).float(), (factor * (curve - 1.0) / 2.0).float()
@@ -206,8 +204,7 @@ def skewed(mass: Tensor, skew: Tensor) -> Tensor:
         skew: [S, 1] float64. Above 0 it favours unlikely tokens; 0 changes nothing.
 
     Returns:
-        The mass whose cumulative distribution, the likeliest token first, is the old one to the power of
-            exp(skew).
+        The mass whose cumulative distribution, the likeliest token first, is the old one to the power of exp(skew).
     """
     if mass.device.type == "cpu":  # numpy's sort is tens of times faster than torch's
         order = torch.from_numpy((-mass.detach().numpy()).argsort(-1))
@@ -265,8 +262,7 @@ def keep_likeliest(mass: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, *,
         mass: [S, V].
         top_k: [S, 1] float64 from 1 to V; V keeps all.
         top_p: [S, 1] float64; 1 keeps all.
-        min_p: [S, 1] float64; 0 keeps all. It compares with the best token, so it shares the cut of the
-            others.
+        min_p: [S, 1] float64; 0 keeps all. It compares with the best token, so it shares the cut of the others.
         ordered: False if no row asks for top_k or top_p, which saves the sort.
     """
     lowest = min_p.float()

@@ -88,8 +88,7 @@ def weight_files(folder: Path, *, pickled: bool = False, named: str | None = Non
 
     Args:
         folder: Directory of the model.
-        pickled: Whether PyTorch's own files, which are pickles, may be used if there are no safetensors
-            files.
+        pickled: Whether PyTorch's own files, which are pickles, may be used if there are no safetensors files.
         named: File or index named by config.json (`transformers_weights`).
 
     Returns:

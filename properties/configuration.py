@@ -23,7 +23,7 @@ from properties.model import (
 )
 from properties.names import KEYS, OPTIONS, PREFIX, key_of
 from properties.problem import ConfigurationError, Problem, Report, Source, assigned
-from properties.resolution import Resolution, Sourced, resolve_values
+from properties.resolution import Resolution, resolve_values
 from properties.secure_mode import OPEN, SecureMode, secure_mode
 from properties.settings import RETIRED, Settings
 from properties.sources import (
@@ -79,7 +79,7 @@ class Configuration:
     settings: Settings
     sources: dict[str, Source]
     warnings: list[Problem]
-    extra: dict[str, Sourced] = field(repr=False)
+    extra: dict[str, Source] = field(repr=False)
     model_location: ModelLocation
     home: Path | None
     recommended: dict[str, object]
@@ -168,11 +168,8 @@ class Configuration:
     def unhonoured(self, backend: BackendName) -> list[Problem]:
         """Return a warning for each option that was changed and that this backend does not support."""
         theirs = [
-            Problem(
-                f"{PREFIX}{name} ({sourced.source.location}) has no effect with the {backend} backend; "
-                "honoured by: vllm"
-            )
-            for name, sourced in self.extra.items()
+            Problem(f"{PREFIX}{name} ({source.location}) has no effect with the {backend} backend; honoured by: vllm")
+            for name, source in self.extra.items()
             if backend != "vllm" and name in self.backend_options
         ]
         honouring = {name: _honouring(name, getattr(self.settings, name)) for name in self.sources}
@@ -338,8 +335,7 @@ def _build(
     result = resolve_values(written, report, backend_options)
     location = location or _locate(result, home)
     _check_together(result, home)
-    extra = {name: item.source for name, item in result.extra.items()}
-    result.problems += secure.options(result.settings, result.sources, extra, result.lmi_handler)
+    result.problems += secure.options(result.settings, result.sources, result.extra, result.lmi_handler)
     if not result.settings.multi_model:
         result.warnings += _not_obeyed(result, location, home)
     if result.problems or location is None:

@@ -28,6 +28,11 @@ class Source:
     def kind(self) -> str:
         return self.level.words
 
+    @property
+    def value(self) -> str:
+        """The text without the spaces around it."""
+        return (self.raw or "").strip()
+
 
 DEFAULT = Source(Level.DEFAULT, "default")
 

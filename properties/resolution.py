@@ -21,21 +21,13 @@ from properties.types import Allowed
 from properties.vllm_arguments import VLLM_ABSENT, VLLM_ARGUMENTS
 
 
-@dataclass(frozen=True)
-class Sourced:
-    """The value of a name that the schema does not know."""
-
-    value: str
-    source: Source
-
-
 @dataclass
 class Resolution(Report):
     """The result, complete or not; an option named by `problems` has its default. See also `Configuration`."""
 
     settings: Settings = field(default_factory=Settings)
     sources: dict[str, Source] = field(default_factory=dict)
-    extra: dict[str, Sourced] = field(default_factory=dict)
+    extra: dict[str, Source] = field(default_factory=dict)
     lmi_handler: str | None = None
     vllm_asked_by: str | None = None
 
@@ -218,8 +210,8 @@ def _report_unknown(unknown: Sequence[RawValue], result: Resolution, backend_opt
             report(f"{written}: {reason}")
         if name is not None:
             before = result.extra.get(name)
-            if before is None or item.level < before.source.level:
-                result.extra[name] = Sourced(item.raw.strip(), Source(item.level, item.location, item.raw))
+            if before is None or item.level < before.level:
+                result.extra[name] = Source(item.level, item.location, item.raw)
 
 
 def _source(name: str, item: RawValue) -> Source:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from engine.errors import ModelLoadError
 from engine.families.preprocessor import Preprocessor
 from engine.weights import JUDGED, POOLING, complete
 
@@ -52,6 +53,9 @@ class CacheLayout:
         )
 
 
+TEXT_TYPES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
+"""Decoders that are tested to give the tokens of transformers' own `generate`."""
+
 LLAMA_PLAN = {
     **{f"layers.*.self_attn.{name}_proj": "colwise" for name in ("q", "k", "v")},
     "layers.*.self_attn.o_proj": "rowwise",
@@ -83,22 +87,24 @@ class AttendedChunk:
 class FamilyModel:
     """A loaded model. In shapes, T is the number of packed tokens of a step, and D the text hidden size.
 
-    The defaults are those of a model that contains a `language_model`, and whose images become rows of its
-    input.
+    By default a model's images become rows of the decoder's input.
 
     Attributes:
+        decoder: The language model without its head; it maps `inputs_embeds` to `last_hidden_state`.
+        text_config: The decoder's configuration.
         auto_class: transformers' class that loads the weights.
+        decoder_types: Types of decoder that are served; None where the family has one of its own.
         position_axes: Number of axes of positions that the rotary embedding uses.
-        attends_images: Whether the decoder's tokens attend to images, whose encoder outputs are then needed
-            in every step of a request. Otherwise the outputs replace embeddings.
+        attends_images: Whether the decoder's tokens attend to images, whose encoder outputs are then needed in every
+            step of a request. Otherwise the outputs replace embeddings.
         spans_pass_windows: Whether a sliding window hides nothing within a span (see `spans`).
-        encode_batch: Greatest number of images encoded in one call, which bounds the memory of the tower's
-            activations.
-        tensor_parallel_plan: How ranks share the decoder (see `engine.tensor_parallel`), where transformers
-            does not define it.
+        encode_batch: Greatest number of images encoded in one call, which bounds the memory of the tower's activations.
+        tensor_parallel_plan: How ranks share the decoder (see `engine.tensor_parallel`), where transformers does not
+            define it.
     """
 
     auto_class: ClassVar[str] = "AutoModelForImageTextToText"
+    decoder_types: ClassVar[Sequence[str] | None] = TEXT_TYPES
     position_axes: ClassVar[int] = 1
     attends_images: ClassVar[bool] = False
     spans_pass_windows: ClassVar[bool] = False
@@ -109,6 +115,8 @@ class FamilyModel:
         from engine.long_rope import LongRope
 
         self.model = model
+        self.decoder: torch.nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
+        self.text_config: PretrainedConfig = model.config.get_text_config()
         self.long_rope = LongRope.of(self.decoder)
         self.fused: FusedDecoder | None = None
 
@@ -119,6 +127,12 @@ class FamilyModel:
         Raises:
             ModelLoadError: It cannot.
         """
+        kind = config.get_text_config().model_type
+        if cls.decoder_types is not None and kind not in cls.decoder_types:
+            raise ModelLoadError(
+                f"its decoder is of type {kind!r}, which the embedded engine does not serve; it serves "
+                f"{', '.join(cls.decoder_types)}"
+            )
 
     @classmethod
     def unused_weights(cls, config: PretrainedConfig) -> Sequence[str]:
@@ -135,13 +149,12 @@ class FamilyModel:
         return cls(complete(loader.from_pretrained(model_path, **options, **JUDGED), cls.unused_weights(config)))
 
     @classmethod
-    def attention(cls, config: PretrainedConfig) -> str | dict[str, str]:
+    def attention(cls, config: PretrainedConfig) -> dict[str, str]:
         """Choose our attention for the decoder, and PyTorch's for the vision tower."""
         from engine.attention.bridge import IMPLEMENTATION
 
-        if "text_config" not in config.sub_configs:
-            return IMPLEMENTATION
-        return {name: IMPLEMENTATION if name == "text_config" else "sdpa" for name in config.sub_configs}
+        decoder = "text_config" if "text_config" in config.sub_configs else ""
+        return dict.fromkeys(config.sub_configs, "sdpa") | {decoder: IMPLEMENTATION}
 
     @classmethod
     def check_ranks(cls, config: PretrainedConfig, size: int) -> None:
@@ -159,11 +172,6 @@ class FamilyModel:
         from engine.tensor_parallel import shard
 
         shard(self.decoder, self.text_config, ranks, self.tensor_parallel_plan)
-
-    @property
-    def text_config(self) -> PretrainedConfig:
-        config: PretrainedConfig = self.model.config.text_config
-        return config
 
     @classmethod
     def cache_layout(cls, config: PretrainedConfig) -> CacheLayout:
@@ -188,12 +196,6 @@ class FamilyModel:
         return []
 
     @property
-    def decoder(self) -> torch.nn.Module:
-        """The language model without its head; it maps `inputs_embeds` to `last_hidden_state`."""
-        decoder: torch.nn.Module = self.model.model.language_model
-        return decoder
-
-    @property
     def head(self) -> torch.nn.Module:
         head: torch.nn.Module = self.model.lm_head
         return head
@@ -216,13 +218,16 @@ class FamilyModel:
             images: Tensors of each image's `PreparedImage`.
 
         Returns:
-            One `EncoderOutput` per image: rows [rows, row_size], unless the family's own `forward` uses
-                another form.
+            One `EncoderOutput` per image: rows [rows, row_size], unless the family's own `forward` uses another form.
         """
         import torch
 
         pixels = torch.stack([image["pixel_values"] for image in images]).to(self.model.dtype)
-        return list(self.model.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output)
+        return list(self.features(pixel_values=pixels))
+
+    def features(self, **inputs: Any) -> Any:
+        """Return the projected rows of images by transformers' own method."""
+        return self.model.model.get_image_features(**inputs, return_dict=True).pooler_output
 
     def forward(self, embeddings: torch.Tensor, positions: torch.Tensor, **kernel: Any) -> torch.Tensor:
         """Run the decoder.
@@ -230,24 +235,29 @@ class FamilyModel:
         Args:
             embeddings: [T, D].
             positions: [T], or [position_axes, T] if there are several axes.
-            **kernel: Arguments for the attention layers. In addition a family that attends to images gets
-                `attended`; and a family whose `row_size` exceeds D gets `beyond` in steps with images: the
-                indices of their rows in the step [rows], ascending, and what they hold beyond D [rows,
-                row_size - D].
+            **kernel: Arguments for the attention layers. In addition a family that attends to images gets `attended`;
+                and a family whose `row_size` exceeds D gets `beyond` in steps with images: the indices of their rows in
+                the step [rows], ascending, and what they hold beyond D [rows, row_size - D].
 
         Returns:
             Hidden states [T, D].
         """
-        if self.fused is not None and kernel.keys() == {"kernel", "tokens"}:
-            return self.fused(embeddings, positions.unsqueeze(-2), **kernel)
         out = self.decoder(
-            inputs_embeds=embeddings.unsqueeze(0),
-            position_ids=positions.unsqueeze(-2),
-            use_cache=False,
-            **kernel,
+            inputs_embeds=embeddings.unsqueeze(0), position_ids=positions.unsqueeze(-2), use_cache=False, **kernel
         )
         hidden: torch.Tensor = out.last_hidden_state[0]
         return hidden
+
+    def last_hidden(
+        self, embeddings: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, **kernel: Any
+    ) -> torch.Tensor:
+        """Run the decoder, and return hidden states [len(rows), D] of those rows alone.
+
+        The other arguments are those of `forward`, which runs if the decoder is not fused or the step needs more.
+        """
+        if self.fused is not None and kernel.keys() == {"kernel", "tokens"}:
+            return self.fused(embeddings, positions.unsqueeze(-2), rows, **kernel)
+        return self.forward(embeddings, positions, **kernel)[rows]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map hidden states [rows, D] to logits [rows, vocabulary]."""

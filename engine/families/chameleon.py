@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from engine.families.base import LLAMA_PLAN, Family, FamilyModel
-from engine.families.pixels import recipe_of
 from engine.families.preprocessor import FixedMetadata, FixedPreprocessor, Layout, ModelFiles
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from engine.tensor_parallel import Ranks
 
@@ -50,8 +49,8 @@ class ChameleonPreprocessor(FixedPreprocessor[ChameleonMetadata]):
         words, codes = model.config.vocabulary_map, model.config.vq_config
         edge = codes.resolution // 2 ** (len(codes.channel_multiplier) - 1)
         return ChameleonMetadata(
-            image_token_id=int(model.config.image_token_id),
-            recipe=recipe_of(model.processor, model.backend),
+            image_token_id=model.image_token_id,
+            recipe=model.whole_recipe,
             num_tokens=edge**2,
             start_token_id=words[_START],
             end_token_id=words[_END],
@@ -65,18 +64,16 @@ class ChameleonPreprocessor(FixedPreprocessor[ChameleonMetadata]):
 
     def layout(self, width: int, height: int, variant: int = 0) -> Layout:
         metadata = self.metadata
-        token_ids = [
-            metadata.start_token_id,
-            *[metadata.image_token_id] * metadata.num_tokens,
-            metadata.end_token_id,
-        ]
-        return Layout(token_ids, [token == metadata.image_token_id for token in token_ids])
+        images = [metadata.image_token_id] * metadata.num_tokens
+        token_ids = [metadata.start_token_id, *images, metadata.end_token_id]
+        return Layout.marked(token_ids, metadata.image_token_id)
 
     def arranged(self, text: str, bos: str) -> str:
         return text + self.metadata.separator
 
 
 class ChameleonModel(FamilyModel):
+    decoder_types = None
     encode_batch = 1
     tensor_parallel_plan = LLAMA_PLAN
 
@@ -85,12 +82,6 @@ class ChameleonModel(FamilyModel):
         # The nearest code should not depend on the precision in which the model computes.
         model.model.vqmodel.float()
         self._image_words = model.model.vocabulary_mapping.image_tokens
-
-    @classmethod
-    def attention(cls, config: PretrainedConfig) -> str | dict[str, str]:
-        from engine.attention.bridge import IMPLEMENTATION
-
-        return {"": IMPLEMENTATION, "vq_config": "sdpa"}
 
     def shard(self, ranks: Ranks) -> None:
         import torch
@@ -105,20 +96,11 @@ class ChameleonModel(FamilyModel):
                     part = getattr(norm, name).data.chunk(ranks.size)[ranks.rank].clone()
                     setattr(norm, name, torch.nn.Parameter(part, requires_grad=False))
 
-    @property
-    def text_config(self) -> PretrainedConfig:
-        return self.model.config
-
-    @property
-    def decoder(self) -> torch.nn.Module:
-        decoder: torch.nn.Module = self.model.model
-        return decoder
-
     def encode(self, images: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
         import torch
 
         pixels = torch.stack([image["pixel_values"] for image in images])
-        return list(self.model.model.get_image_features(pixels.float(), return_dict=True).pooler_output)
+        return list(self.features(pixel_values=pixels.float()))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         import torch

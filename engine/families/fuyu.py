@@ -15,7 +15,6 @@ import numpy as np
 
 from engine.errors import ModelLoadError
 from engine.families.base import Family, FamilyModel
-from engine.families.pixels import value_recipe
 from engine.families.preprocessor import Arrays, Layout, Metadata, ModelFiles, Preprocessor
 
 if TYPE_CHECKING:
@@ -85,8 +84,8 @@ class FuyuPreprocessor(Preprocessor[FuyuMetadata]):
         if None in (break_id, bos_id, answer_id):
             raise ModelLoadError(f"the tokenizer of a Fuyu has {_LINE_BREAK}, {_BOS} and {_ANSWER}; this one has not")
         return FuyuMetadata(
-            image_token_id=int(model.config.image_token_id),
-            recipe=value_recipe(processor, model.backend),
+            image_token_id=model.image_token_id,
+            recipe=model.recipe,
             most=most,
             patch=patch,
             padding=int(processor.padding_value),
@@ -99,7 +98,7 @@ class FuyuPreprocessor(Preprocessor[FuyuMetadata]):
         metadata = self.metadata
         rows, columns = self._grid(*self._resized(width, height))
         token_ids = ([metadata.image_token_id] * columns + [metadata.line_break_id]) * rows
-        return Layout(token_ids, [token == metadata.image_token_id for token in token_ids])
+        return Layout.marked(token_ids, metadata.image_token_id)
 
     def around(self, num_images: int) -> tuple[list[int], list[int]]:
         if not num_images:
@@ -107,8 +106,7 @@ class FuyuPreprocessor(Preprocessor[FuyuMetadata]):
         return [self.metadata.image_token_id, self.metadata.bos_token_id], [self.metadata.answer_token_id]
 
     def direct(self, image: Image, variant: int = 0) -> Arrays:
-        recipe = self.metadata.recipe
-        assert recipe is not None
+        recipe = self.recipe
         width, height = self._resized(*image.size)
         rows, columns = self._grid(width, height)
         tall, wide = rows * self.metadata.patch[0], columns * self.metadata.patch[1]

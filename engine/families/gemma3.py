@@ -11,13 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import ModelLoadError
 from engine.families.base import Family, FamilyModel
-from engine.families.pixels import recipe_of
 from engine.families.preprocessor import FixedMetadata, FixedPreprocessor, ModelFiles, PlaceholderText
-from engine.families.text import check_text
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
     from engine.messages import ImageInput
 
 
@@ -38,8 +34,8 @@ class Gemma3Preprocessor(FixedPreprocessor[Gemma3Metadata]):
             )
         config = model.config
         return Gemma3Metadata(
-            image_token_id=int(config.image_token_id),
-            recipe=recipe_of(model.processor, model.backend),
+            image_token_id=model.image_token_id,
+            recipe=model.whole_recipe,
             num_tokens=int(config.mm_tokens_per_image),
             start_token_id=int(config.boi_token_index),
             end_token_id=int(config.eoi_token_index),
@@ -55,10 +51,6 @@ class Gemma3Preprocessor(FixedPreprocessor[Gemma3Metadata]):
 class Gemma3Model(FamilyModel):
     special_attention = True
     encode_batch = 4
-
-    @classmethod
-    def check(cls, config: PretrainedConfig) -> None:
-        check_text(config.text_config)
 
     def spans(self, token_ids: Sequence[int], images: Sequence[ImageInput]) -> list[tuple[int, int]]:
         runs: list[tuple[int, int]] = []

@@ -7,17 +7,15 @@ prompt a tag before each tile names its position.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from engine.errors import ModelLoadError
-from engine.families.base import Family, FamilyModel
-from engine.families.pixels import value_recipe
+from engine.families.base import Family
+from engine.families.pixels import size_of
 from engine.families.preprocessor import Arrays, Layout, Metadata, ModelFiles, Preprocessor
-from engine.families.text import check_text
-from engine.families.tiles import cut, encode_tiles
+from engine.families.tiles import TiledModel, cut
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 LONGEST_EDGE = 4096
-"""No image is enlarged beyond this, whatever the processor's size is."""
+"""No image is enlarged beyond this, even if the processor's size is larger."""
 
 AROUND, GLOBAL, TAG = "<fake_token_around_image>", "<global-img>", "<row_{}_col_{}>"
 
@@ -73,8 +71,8 @@ class Idefics3Preprocessor(Preprocessor[Idefics3Metadata]):
             return [int(token) for token in encoded.ids]
 
         return Idefics3Metadata(
-            image_token_id=int(model.config.image_token_id),
-            recipe=value_recipe(processor, model.backend),
+            image_token_id=model.image_token_id,
+            recipe=model.recipe,
             tile=tile,
             longest=longest,
             splits=bool(processor.do_image_splitting),
@@ -109,8 +107,7 @@ class Idefics3Preprocessor(Preprocessor[Idefics3Metadata]):
         from PIL.Image import fromarray
 
         metadata = self.metadata
-        recipe = metadata.recipe
-        assert recipe is not None
+        recipe = self.recipe
         rows, columns = self._grid(*image.size)
         size = self._resized(*image.size)
         if size != image.size:
@@ -158,31 +155,16 @@ class Idefics3Preprocessor(Preprocessor[Idefics3Metadata]):
         return max(width, 1), max(height, 1)
 
 
-class Idefics3Model(FamilyModel):
-    encode_batch = 4
-
-    @classmethod
-    def check(cls, config: PretrainedConfig) -> None:
-        check_text(config.text_config)
-
-    @property
-    def decoder(self) -> torch.nn.Module:
-        decoder: torch.nn.Module = self.model.model.text_model
-        return decoder
-
-    def encode(self, images: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+class Idefics3Model(TiledModel):
+    def tower(self, tiles: torch.Tensor) -> torch.Tensor:
         """Encode all tiles.
 
-        transformers takes tiles of zeros for padding and drops them; without normalisation a black tile is
+        transformers' own method takes tiles of zeros for padding and drops them; without normalisation a black tile is
         such a tile.
         """
-        tower, connector = self.model.model.vision_model, self.model.model.connector
-
-        def features(tiles: torch.Tensor) -> torch.Tensor:
-            out: torch.Tensor = connector(tower(pixel_values=tiles.to(self.model.dtype)).last_hidden_state)
-            return out
-
-        return encode_tiles(features, [image["pixel_values"] for image in images])
+        inner = self.model.model
+        rows: torch.Tensor = inner.connector(inner.vision_model(pixel_values=tiles).last_hidden_state)
+        return rows
 
 
 def rows_per_tile(config: PretrainedConfig, tile: int) -> int:
@@ -202,10 +184,10 @@ def rows_per_tile(config: PretrainedConfig, tile: int) -> int:
 def _longest_edge(processor: Any) -> int | None:
     if not processor.do_resize:
         return None
-    size = {key: edge for key, edge in dict(processor.size).items() if edge}
+    size = size_of(processor)
     if set(size) != {"longest_edge"}:
         raise ModelLoadError(f"its image processor has the size {size}; supported: longest_edge alone")
-    return int(size["longest_edge"])
+    return size["longest_edge"]
 
 
 FAMILY = Family(Idefics3Model, Idefics3Preprocessor)

@@ -1,25 +1,21 @@
 """InternVL in transformers' own format: a vision tower that sees tiles, a projector, and a text decoder.
 
-An image is resized to the grid of tiles whose aspect is nearest to its own and cut; a thumbnail of it
-follows.
+An image is resized to the grid of tiles whose aspect is nearest to its own and cut; a thumbnail of it follows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from engine.errors import ModelLoadError
-from engine.families.base import Family, FamilyModel
-from engine.families.pixels import ProcessorBackend, value_recipe
+from engine.families.base import Family
+from engine.families.pixels import ProcessorBackend, size_of
 from engine.families.preprocessor import Arrays, Layout, Metadata, ModelFiles, Preprocessor
-from engine.families.text import check_text
-from engine.families.tiles import cut, encode_tiles
+from engine.families.tiles import TiledModel, cut
 
 if TYPE_CHECKING:
-    import torch
     from PIL.Image import Image
     from transformers import PretrainedConfig
 
@@ -55,7 +51,7 @@ class InternVLPreprocessor(Preprocessor[InternVLMetadata]):
     ) -> Preprocessor[InternVLMetadata]:
         """Cut images unless an override says otherwise.
 
-        transformers' joint processor does so, whatever the image processor's file says.
+        transformers' joint processor does so, even where the image processor's file says otherwise.
         """
         return super().from_model(model_path, {"crop_to_patches": True, **(overrides or {})}, backend)
 
@@ -64,8 +60,8 @@ class InternVLPreprocessor(Preprocessor[InternVLMetadata]):
         processor, tokenizer = model.processor, model.tokenizer
         cuts = bool(processor.crop_to_patches)
         return InternVLMetadata(
-            image_token_id=int(model.config.image_token_id),
-            recipe=value_recipe(processor, model.backend),
+            image_token_id=model.image_token_id,
+            recipe=model.recipe,
             tile=_tile(processor, model.config),
             fewest=int(processor.min_patches) if cuts else 1,
             most=int(processor.max_patches) if cuts else 1,
@@ -79,15 +75,12 @@ class InternVLPreprocessor(Preprocessor[InternVLMetadata]):
         columns, rows = self._grid(width, height)
         tiles = columns * rows + (columns * rows > 1)
         count = tiles * metadata.rows
-        return Layout(
-            [metadata.start, *[metadata.image_token_id] * count, metadata.end],
-            [False, *[True] * count, False],
-        )
+        token_ids = [metadata.start, *[metadata.image_token_id] * count, metadata.end]
+        return Layout.marked(token_ids, metadata.image_token_id)
 
     def direct(self, image: Image, variant: int = 0) -> Arrays:
         metadata = self.metadata
-        recipe = metadata.recipe
-        assert recipe is not None
+        recipe = self.recipe
         width, height = metadata.tile
         columns, rows = self._grid(*image.size)
         tiles = cut(recipe, recipe.resized(image, (columns * width, rows * height)), height, width)
@@ -115,21 +108,12 @@ class InternVLPreprocessor(Preprocessor[InternVLMetadata]):
         return best
 
 
-class InternVLModel(FamilyModel):
-    encode_batch = 4
-
+class InternVLModel(TiledModel):
     @classmethod
     def check(cls, config: PretrainedConfig) -> None:
-        check_text(config.text_config)
+        super().check(config)
         if (strategy := config.vision_feature_select_strategy) != "default":
             raise ModelLoadError(f"its vision_feature_select_strategy is {strategy!r}; supported: 'default'")
-
-    def encode(self, images: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
-        def features(tiles: torch.Tensor) -> torch.Tensor:
-            out: torch.Tensor = self.model.model.get_image_features(pixel_values=tiles, return_dict=True).pooler_output
-            return out
-
-        return encode_tiles(features, [image["pixel_values"] for image in images])
 
 
 def rows_per_tile(config: PretrainedConfig) -> int:
@@ -150,7 +134,7 @@ def _tile(processor: Any, config: PretrainedConfig) -> tuple[int, int]:
     """
     if not processor.do_resize:
         raise ModelLoadError("its image processor has do_resize off; images of any size are not supported")
-    size = {key: edge for key, edge in dict(processor.size).items() if edge}
+    size = size_of(processor)
     height, width = config.vision_config.image_size
     if size != {"height": height, "width": width}:
         raise ModelLoadError(

@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING
 
 from engine.errors import ModelLoadError
 from engine.families.base import Family, FamilyModel
-from engine.families.pixels import recipe_of
 from engine.families.preprocessor import FixedMetadata, FixedPreprocessor, ModelFiles
-from engine.families.text import check_text
 from engine.weights import LAST_NORM, POOLING
 
 if TYPE_CHECKING:
@@ -28,26 +26,20 @@ class LlavaPreprocessor(FixedPreprocessor[FixedMetadata]):
     @classmethod
     def read(cls, model: ModelFiles) -> FixedMetadata:
         return FixedMetadata(
-            image_token_id=int(model.config.image_token_id),
-            recipe=recipe_of(model.processor, model.backend),
-            num_tokens=num_image_tokens(model.config),
+            image_token_id=model.image_token_id, recipe=model.whole_recipe, num_tokens=num_image_tokens(model.config)
         )
 
 
 class LlavaModel(FamilyModel):
     @classmethod
     def unused_weights(cls, config: PretrainedConfig) -> Sequence[str]:
-        return unused_weights(config)
+        """Return what the tower lacks where it was cut after the layer whose output is used."""
+        return (POOLING, LAST_NORM) if config.vision_feature_layer == -2 else (POOLING,)
 
     @classmethod
     def check(cls, config: PretrainedConfig) -> None:
         num_image_tokens(config)
-        check_text(config.text_config)
-
-
-def unused_weights(config: PretrainedConfig) -> Sequence[str]:
-    """Return what the tower lacks where it was cut after the layer whose output is used."""
-    return (POOLING, LAST_NORM) if config.vision_feature_layer == -2 else (POOLING,)
+        super().check(config)
 
 
 def num_image_tokens(config: PretrainedConfig) -> int:

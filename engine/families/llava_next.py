@@ -6,18 +6,15 @@ dropped, and a learned row ends each line of the others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from engine.errors import ModelLoadError
-from engine.families.base import Family, FamilyModel
-from engine.families.llava import num_image_tokens, unused_weights
-from engine.families.pixels import value_recipe
+from engine.families.base import Family
+from engine.families.llava import LlavaModel, num_image_tokens
 from engine.families.preprocessor import Arrays, Layout, Metadata, ModelFiles, Preprocessor
-from engine.families.text import check_text
-from engine.families.tiles import Size, best_resolution, centred, cut, encode_tiles, fitted, without_padding
+from engine.families.tiles import Size, TiledModel, best_resolution, centred, cut, fitted, without_padding
 
 if TYPE_CHECKING:
     import torch
@@ -65,8 +62,8 @@ class LlavaNextPreprocessor(Preprocessor[LlavaNextMetadata]):
                 f"tower takes {vision.image_size}: make them equal"
             )
         return LlavaNextMetadata(
-            image_token_id=int(model.config.image_token_id),
-            recipe=value_recipe(model.processor, model.backend),
+            image_token_id=model.image_token_id,
+            recipe=model.recipe,
             tile=int(vision.image_size),
             patches=int(vision.image_size // vision.patch_size),
             resolutions=resolutions,
@@ -84,8 +81,7 @@ class LlavaNextPreprocessor(Preprocessor[LlavaNextMetadata]):
         return without_padding(height, width, (rows, columns))
 
     def direct(self, image: Image, variant: int = 0) -> Arrays:
-        recipe = self.metadata.recipe
-        assert recipe is not None
+        recipe = self.recipe
         resolution = best_resolution(image.height, image.width, self.metadata.resolutions)
         height, width = fitted(image.height, image.width, resolution)
         levels = centred(recipe.resized(image, (width, height)), resolution)
@@ -97,14 +93,12 @@ class LlavaNextPreprocessor(Preprocessor[LlavaNextMetadata]):
         }
 
 
-class LlavaNextModel(FamilyModel):
-    @classmethod
-    def unused_weights(cls, config: PretrainedConfig) -> Sequence[str]:
-        return unused_weights(config)
+class LlavaNextModel(TiledModel, LlavaModel):
+    encode_batch = 16
 
     @classmethod
     def check(cls, config: PretrainedConfig) -> None:
-        check_text(config.text_config)
+        super().check(config)
         vision = config.vision_config
         if num_image_tokens(config) != (vision.image_size // vision.patch_size) ** 2:
             raise ModelLoadError(
@@ -117,14 +111,7 @@ class LlavaNextModel(FamilyModel):
                 "pixels"
             )
 
-    def encode(self, images: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
-        tiles = [image["pixel_values"].to(self.model.dtype) for image in images]
-        rows = encode_tiles(self._features, tiles)
-        of_each = [own.view(len(some), -1, own.shape[-1]) for own, some in zip(rows, tiles, strict=True)]
-        return self.packed(of_each, [image["image_sizes"].tolist() for image in images])
-
-    def _features(self, tiles: torch.Tensor) -> torch.Tensor:
-        """[tiles, 3, height, width] -> [tiles, features, D]."""
+    def tower(self, tiles: torch.Tensor) -> torch.Tensor:
         import torch
 
         config, model = self.model.config, self.model.model
@@ -136,17 +123,12 @@ class LlavaNextModel(FamilyModel):
         features: torch.Tensor = model.multi_modal_projector(chosen)
         return features
 
-    def packed(self, features: Sequence[torch.Tensor], sizes: list[list[int]]) -> list[torch.Tensor]:
-        """Arrange the features of each image's tiles as rows, and end each line.
-
-        Args:
-            features: Features of each image's tiles.
-            sizes: (height, width) of each image.
-        """
+    def rows(self, features: torch.Tensor, image: dict[str, torch.Tensor]) -> torch.Tensor:
         model: Any = self.model.model
-        strategy = self.model.config.vision_feature_select_strategy
-        rows, _ = model.pack_image_features(features, sizes, strategy, image_newline=model.image_newline)
-        return list(rows)
+        sizes, strategy = [image["image_sizes"].tolist()], self.model.config.vision_feature_select_strategy
+        (rows,), _ = model.pack_image_features([features], sizes, strategy, image_newline=model.image_newline)
+        packed: torch.Tensor = rows
+        return packed
 
 
 def _resolutions(config: PretrainedConfig) -> list[Size]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
 from engine.errors import ModelLoadError
@@ -34,7 +34,7 @@ class LlavaOnevisionMetadata(LlavaNextMetadata, kw_only=True):
     """Metadata of a Llava-OneVision model.
 
     Attributes:
-        most_tiles: Features of an image's grid are limited to those of this many tiles.
+        most_tiles: An image's grid has at most as many features as this many tiles.
         mean: Mean colour, from 0 to 255 for each channel.
     """
 
@@ -49,13 +49,8 @@ class LlavaOnevisionPreprocessor(LlavaNextPreprocessor):
 
     @classmethod
     def read(cls, model: ModelFiles) -> LlavaOnevisionMetadata:
-        metadata = super().read(model)
         return LlavaOnevisionMetadata(
-            image_token_id=metadata.image_token_id,
-            recipe=metadata.recipe,
-            tile=metadata.tile,
-            patches=metadata.patches,
-            resolutions=metadata.resolutions,
+            **msgspec.structs.asdict(super().read(model)),
             most_tiles=_most_tiles(model.config),
             mean=[int(channel * 255) for channel in model.processor.image_mean],
         )
@@ -80,8 +75,7 @@ class LlavaOnevisionPreprocessor(LlavaNextPreprocessor):
             return super().direct(image)
         from PIL import Image as images
 
-        recipe = self.metadata.recipe
-        assert recipe is not None
+        recipe = self.recipe
         square = images.new("RGB", (max(image.size),) * 2, tuple(self.metadata.mean))
         square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))
         return {
@@ -106,11 +100,12 @@ class LlavaOnevisionModel(LlavaNextModel):
         super().check(config)
         _most_tiles(config)
 
-    def packed(self, features: Sequence[torch.Tensor], sizes: list[list[int]]) -> list[torch.Tensor]:
+    def rows(self, features: torch.Tensor, image: dict[str, torch.Tensor]) -> torch.Tensor:
         model: Any = self.model.model
-        ratio = self.model.config.vision_aspect_ratio
-        rows, _ = model.pack_image_features(features, sizes, model.image_newline, ratio)
-        return list(rows)
+        sizes, ratio = [image["image_sizes"].tolist()], self.model.config.vision_aspect_ratio
+        (rows,), _ = model.pack_image_features([features], sizes, model.image_newline, ratio)
+        packed: torch.Tensor = rows
+        return packed
 
 
 def _most_tiles(config: PretrainedConfig) -> int:

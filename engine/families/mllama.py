@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.families.base import LLAMA_PLAN, AttendedChunk, CacheLayout, Family, FamilyModel
-from engine.families.pixels import Recipe, value_recipe
+from engine.families.pixels import Recipe
 from engine.families.preprocessor import Arrays, Layout, Metadata, ModelFiles, Preprocessor
 
 if TYPE_CHECKING:
@@ -52,9 +52,9 @@ class MllamaPreprocessor(Preprocessor[MllamaMetadata]):
     @classmethod
     def read(cls, model: ModelFiles) -> MllamaMetadata:
         return MllamaMetadata(
-            image_token_id=int(model.config.image_token_id),
+            image_token_id=model.image_token_id,
             image_token=str(model.tokenizer.convert_ids_to_tokens(int(model.config.image_token_id))),
-            recipe=value_recipe(model.processor, model.backend),
+            recipe=model.recipe,
             tile_size=int(model.processor.size["height"]),
             max_tiles=int(model.processor.max_image_tiles),
         )
@@ -72,8 +72,7 @@ class MllamaPreprocessor(Preprocessor[MllamaMetadata]):
         return text[: len(text) - len(rest)] + bos + rest
 
     def direct(self, image: Image, variant: int = 0) -> Arrays:
-        recipe = self.metadata.recipe
-        assert recipe is not None
+        recipe = self.recipe
         rows, columns = self._grid(image.width, image.height)
         levels = self._canvas(image, rows, columns, recipe)
         size = self.metadata.tile_size
@@ -155,6 +154,7 @@ class _Segment:
 
 
 class MllamaModel(FamilyModel):
+    decoder_types = None
     attends_images = True
     encode_batch = 1
     tensor_parallel_plan = _TP_PLAN

@@ -16,13 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.families.base import Family, FamilyModel
-from engine.families.pixels import recipe_of
 from engine.families.preprocessor import FixedMetadata, FixedPreprocessor, ModelFiles
-from engine.families.text import check_text
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
     from engine.messages import ImageInput
 
 _IMAGE = "<image>"
@@ -55,8 +51,8 @@ class PaliGemmaPreprocessor(FixedPreprocessor[FixedMetadata]):
     def read(cls, model: ModelFiles) -> FixedMetadata:
         vision = model.config.vision_config
         return FixedMetadata(
-            image_token_id=int(model.config.image_token_id),
-            recipe=recipe_of(model.processor, model.backend),
+            image_token_id=model.image_token_id,
+            recipe=model.whole_recipe,
             num_tokens=int(vision.image_size // vision.patch_size) ** 2,
         )
 
@@ -72,10 +68,6 @@ class PaliGemmaModel(FamilyModel):
     special_attention = True
     spans_pass_windows = True
     encode_batch = 4
-
-    @classmethod
-    def check(cls, config: PretrainedConfig) -> None:
-        check_text(config.text_config)
 
     def spans(self, token_ids: Sequence[int], images: Sequence[ImageInput]) -> list[tuple[int, int]]:
         return [(0, len(token_ids))]

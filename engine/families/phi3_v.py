@@ -1,10 +1,9 @@
 """Phi-3 Vision and Phi-3.5 Vision: a CLIP tower that sees tiles, and a Phi-3 decoder.
 
-transformers has no class for it, and the checkpoints contain their own code, which is not run: the model is
-assembled here from transformers' CLIP and Phi-3. An image fills as many tiles of one size as its aspect
-allows: it is resized to their whole width (or height, if it is upright), padded with white, and cut. Four
-patches become one row, a learned separator ends each line of rows, and the whole image, shrunk to one tile,
-comes last.
+transformers has no class for it, and the checkpoints contain their own code, which is not run: the model is assembled
+here from transformers' CLIP and Phi-3. An image fills as many tiles of one size as its aspect allows: it is resized to
+their whole width (or height, if it is upright), padded with white, and cut. Four patches become one row, a learned
+separator ends each line of rows, and the whole image, shrunk to one tile, comes last.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -26,8 +24,7 @@ from engine.errors import ModelLoadError
 from engine.families.base import Family, FamilyModel
 from engine.families.pixels import Pixels, ProcessorBackend, Recipe
 from engine.families.preprocessor import Arrays, Layout, Metadata, ModelFiles, PlaceholderText, Preprocessor
-from engine.families.tiles import encode_tiles
-from engine.weights import JUDGED, complete
+from engine.families.tiles import TiledModel
 
 if TYPE_CHECKING:
     import torch
@@ -35,13 +32,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 IMAGE_TOKEN = "<|image|>"
-"""A token of the tokenizer that occurs in no text; the checkpoint's processor writes negative numbers
-instead."""
+"""A token of the tokenizer that occurs in no text; the checkpoint's processor writes negative numbers instead."""
 
-_CLIP = {
-    "image_mean": (0.48145466, 0.4578275, 0.40821073),
-    "image_std": (0.26862954, 0.26130258, 0.27577711),
-}
+_CLIP = {"image_mean": (0.48145466, 0.4578275, 0.40821073), "image_std": (0.26862954, 0.26130258, 0.27577711)}
 _BILINEAR, _TRANSPOSE = Resampling.BILINEAR, Transpose.TRANSPOSE
 _WHITE = 255
 
@@ -177,12 +170,12 @@ def _shrunk(pixels: Pixels, axis: int, size: int) -> Pixels:
 
 
 _HALF_WAY = ((0, 0.59375), (-1, -0.09375), (1, 0.59375), (2, -0.09375))
-"""Pixels and their weights in the cubic convolution (Keys 1981, a = -0.75) half-way between the first and the
-next."""
+"""Pixels and their weights in the cubic convolution (Keys 1981, a = -0.75) half-way between the first and the next."""
 
 
-class Phi3VModel(FamilyModel):
-    encode_batch = 4
+class Phi3VModel(TiledModel):
+    auto_class = "AutoModelForCausalLM"
+    decoder_types = None
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
@@ -219,35 +212,15 @@ class Phi3VModel(FamilyModel):
 
     @classmethod
     def load(cls, model_path: str, config: PretrainedConfig, **options: Any) -> FamilyModel:
-        from engine.attention.bridge import IMPLEMENTATION
+        return super().load(model_path, config, key_mapping=HUB_NAMES, **options)
 
-        _, architecture = classes()
-        options["attn_implementation"] = {"": IMPLEMENTATION, "vision_config": "sdpa"}
-        options |= {"config": config, "key_mapping": HUB_NAMES, **JUDGED}
-        loader: Any = architecture
-        return cls(complete(loader.from_pretrained(model_path, **options), cls.unused_weights(config)))
+    def tower(self, tiles: torch.Tensor) -> torch.Tensor:
+        seen: torch.Tensor = self.vision.img_processor(tiles).last_hidden_state
+        return seen[:, 1:]
 
-    @property
-    def text_config(self) -> PretrainedConfig:
-        return self.model.config
-
-    @property
-    def decoder(self) -> torch.nn.Module:
-        decoder: torch.nn.Module = self.model.model
-        return decoder
-
-    def encode(self, images: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
-        tower = self.vision.img_processor
-
-        def patches(tiles: torch.Tensor) -> torch.Tensor:
-            seen: torch.Tensor = tower(tiles.to(self.model.dtype)).last_hidden_state
-            return seen[:, 1:]
-
-        features = encode_tiles(patches, [image["pixel_values"] for image in images])
-        return [
-            self.vision(rows.view(len(image["pixel_values"]), -1, rows.shape[-1]), *image["grid"].tolist())
-            for rows, image in zip(features, images, strict=True)
-        ]
+    def rows(self, features: torch.Tensor, image: dict[str, torch.Tensor]) -> torch.Tensor:
+        rows: torch.Tensor = self.vision(features, *image["grid"].tolist())
+        return rows
 
 
 HUB_NAMES = {
@@ -259,7 +232,7 @@ HUB_NAMES = {
 
 @cache
 def classes() -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
-    """Build the configuration's and the model's class from those of transformers, when they are first needed."""
+    """Derive the classes of configuration and model from transformers' Phi-3 classes, when they are first needed."""
     import torch
     from transformers import CLIPVisionConfig, CLIPVisionModel, Phi3Config, Phi3ForCausalLM
 
@@ -295,9 +268,7 @@ def classes() -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
             self.glb_GN = torch.nn.Parameter(torch.zeros(1, 1, 4 * vision.hidden_size))
             self.sub_GN = torch.nn.Parameter(torch.zeros(1, 1, 1, 4 * vision.hidden_size))
             self.img_projection = torch.nn.Sequential(
-                torch.nn.Linear(4 * vision.hidden_size, width),
-                torch.nn.GELU(),
-                torch.nn.Linear(width, width),
+                torch.nn.Linear(4 * vision.hidden_size, width), torch.nn.GELU(), torch.nn.Linear(width, width)
             )
 
         def forward(self, patches: torch.Tensor, down: int, across: int) -> torch.Tensor:
@@ -332,10 +303,11 @@ _CLIP_L_336 = {
 
 def register() -> None:
     """Let transformers read this family's config.json without the code that comes with the checkpoint."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config, _ = classes()
+    config, model = classes()
     AutoConfig.register("phi3_v", config, exist_ok=True)
+    AutoModelForCausalLM.register(config, model, exist_ok=True)
 
 
 FAMILY = Family(Phi3VModel, Phi3VPreprocessor, register)

@@ -2,9 +2,8 @@
 
 transformers has two versions of each image processor: with torchvision it resizes with torch, without it with
 Pillow. For a photograph a few values in a thousand then differ by one level of 255. Both convert an image to
-an array and back, or copy it, more often than necessary. `DirectPixels` performs the same steps with the same
-resize and gives the same numbers; `Preprocessor.from_model` compares the two, and uses the processor if
-anything differs.
+an array and back, or copy it, more often than necessary. `Recipe` performs the same steps with the same resize
+and gives the same numbers; `Preprocessor.from_model` compares the two, and uses the processor if anything differs.
 """
 
 from __future__ import annotations
@@ -75,6 +74,24 @@ class Recipe(msgspec.Struct, frozen=True):
         resize: Resize = resize_with_torch if self.with_torch else resize_with_pillow
         return resize(image, size, self.filter)
 
+    def pixels(self, image: Image.Image) -> Pixels:
+        """Map an RGB image to [3, height, width] by the whole recipe. Thread-safe."""
+        levels = self.resized(image, self._target(*image.size))
+        if self.crop is not None:
+            # If an image smaller than the crop gets an odd number of black columns or rows, torchvision puts the
+            # smaller half first.
+            levels = _center_crop(levels, *self.crop, pads_evenly=self.with_torch)
+        return self.values(levels)
+
+    def _target(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) after resizing; `shortest_edge` keeps the aspect and truncates fractions."""
+        if "height" in self.size:
+            return self.size["width"], self.size["height"]
+        edge = self.size["shortest_edge"]
+        if width <= height:
+            return edge, int(edge * height / width)
+        return int(edge * width / height), edge
+
     def values(self, levels: Levels) -> Pixels:
         """Map levels [height, width, 3] to values [3, height, width]."""
         table = np.frombuffer(self.table, np.float32).reshape(3, 256)
@@ -84,9 +101,14 @@ class Recipe(msgspec.Struct, frozen=True):
         return out
 
 
+def size_of(processor: Any) -> dict[str, int]:
+    """Return the processor's size without the edges that it leaves open."""
+    return {key: int(edge) for key, edge in dict(getattr(processor, "size", None) or {}).items() if edge}
+
+
 def recipe_of(processor: Any, backend: str) -> Recipe | None:
     """Return the recipe of this processor; None if it has a step that is unknown here."""
-    size = {key: int(edge) for key, edge in dict(getattr(processor, "size", None) or {}).items() if edge}
+    size = size_of(processor)
     if not getattr(processor, "do_resize", False) or getattr(processor, "do_pad", False):
         return None
     if set(size) not in ({"height", "width"}, {"shortest_edge"}):
@@ -99,10 +121,7 @@ def recipe_of(processor: Any, backend: str) -> Recipe | None:
 
 
 def value_recipe(
-    processor: Any,
-    backend: str,
-    size: dict[str, int] | None = None,
-    crop: tuple[int, int] | None = None,
+    processor: Any, backend: str, size: dict[str, int] | None = None, crop: tuple[int, int] | None = None
 ) -> Recipe | None:
     """Return how this processor resizes and maps 8-bit levels; None if its way of resizing is unknown here."""
     resample = Image.Resampling(int(processor.resample))
@@ -111,32 +130,6 @@ def value_recipe(
     if resample not in _TORCH_MODES or not _resizes_bytes(resample):
         return None
     return Recipe(size or {}, crop, int(resample), True, _fused_value_table(processor).tobytes())
-
-
-class DirectPixels:
-    """Converts an RGB image to float32 [3, height, width] by a recipe. Thread-safe."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self._recipe = recipe
-
-    def __call__(self, image: Image.Image) -> Pixels:
-        recipe = self._recipe
-        levels = recipe.resized(image, self._target(*image.size))
-        if recipe.crop is not None:
-            # If an image smaller than the crop gets an odd number of black columns or rows, torchvision puts the
-            # smaller half first.
-            levels = _center_crop(levels, *recipe.crop, pads_evenly=recipe.with_torch)
-        return recipe.values(levels)
-
-    def _target(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) after resizing; `shortest_edge` keeps the aspect and truncates fractions."""
-        size = self._recipe.size
-        if "height" in size:
-            return size["width"], size["height"]
-        edge = size["shortest_edge"]
-        if width <= height:
-            return edge, int(edge * height / width)
-        return int(edge * width / height), edge
 
 
 def resize_with_pillow(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Levels:

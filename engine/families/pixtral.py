@@ -16,9 +16,7 @@ import numpy as np
 
 from engine.errors import ModelLoadError, RequestRejected
 from engine.families.base import Family, FamilyModel
-from engine.families.pixels import value_recipe
 from engine.families.preprocessor import Arrays, Layout, Metadata, ModelFiles, Preprocessor
-from engine.families.text import check_text
 from engine.families.tiles import Size
 
 if TYPE_CHECKING:
@@ -52,12 +50,12 @@ class PixtralPreprocessor(Preprocessor[PixtralMetadata]):
 
     @classmethod
     def read(cls, model: ModelFiles) -> PixtralMetadata:
-        size = {key: int(edge) for key, edge in dict(model.processor.size).items() if edge}
+        size = model.size
         longest = size.get("longest_edge", 0)
         break_token_id, end_token_id = _row_tokens(model)
         return PixtralMetadata(
-            image_token_id=int(model.config.image_token_id),
-            recipe=value_recipe(model.processor, model.backend),
+            image_token_id=model.image_token_id,
+            recipe=model.recipe,
             break_token_id=break_token_id,
             end_token_id=end_token_id,
             longest=(size.get("height", longest), size.get("width", longest)),
@@ -73,11 +71,10 @@ class PixtralPreprocessor(Preprocessor[PixtralMetadata]):
         metadata = self.metadata
         ids = ([metadata.image_token_id] * columns + [metadata.break_token_id]) * rows
         ids[-1] = metadata.end_token_id
-        return Layout(ids, ([True] * columns + [False]) * rows)
+        return Layout.marked(ids, metadata.image_token_id)
 
     def direct(self, image: Image, variant: int = 0) -> Arrays:
-        recipe = self.metadata.recipe
-        assert recipe is not None
+        recipe = self.recipe
         height, width = (tokens * self.metadata.unit for tokens in self._grid(*image.size))
         return {
             "pixel_values": recipe.values(recipe.resized(image, (width, height))),
@@ -85,7 +82,7 @@ class PixtralPreprocessor(Preprocessor[PixtralMetadata]):
         }
 
     def reference(self, image: Image, variant: int = 0) -> Arrays:
-        # As in the joint processor, patch_size is that of a whole token, not the image processor's own.
+        # As in the joint processor, patch_size is the size of a whole token, not the image processor's own.
         out = self._processor(images=image, patch_size=self.metadata.unit, return_tensors="np")
         return {name: np.asarray(out[name][0]) for name in self.tensor_names}
 
@@ -93,7 +90,7 @@ class PixtralPreprocessor(Preprocessor[PixtralMetadata]):
         """Rows and columns of tokens.
 
         An image that is too large is shrunk. Others are only enlarged to complete their last row and column.
-        Rounding is that of transformers' `get_resize_output_image_size`.
+        It rounds as transformers' `get_resize_output_image_size` does.
 
         Raises:
             RequestRejected: Nothing would be left of the image.
@@ -114,7 +111,7 @@ class PixtralModel(FamilyModel):
 
     @classmethod
     def check(cls, config: PretrainedConfig) -> None:
-        check_text(config.text_config)
+        super().check(config)
         if getattr(config, "vision_feature_select_strategy", "full") != "full":
             raise ModelLoadError(
                 f"vision_feature_select_strategy {config.vision_feature_select_strategy!r} of config.json would drop a "
@@ -122,17 +119,14 @@ class PixtralModel(FamilyModel):
             )
 
     def encode(self, images: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
-        return [self._encoded(image) for image in images]
-
-    def _encoded(self, image: dict[str, torch.Tensor]) -> torch.Tensor:
-        features = self.model.model.get_image_features(
-            pixel_values=image["pixel_values"][None].to(self.model.dtype),
-            image_sizes=[tuple(image["image_sizes"].tolist())],
-            vision_feature_layer=self.model.config.vision_feature_layer,
-            return_dict=True,
-        )
-        rows: torch.Tensor = features.pooler_output[0]
-        return rows
+        return [
+            self.features(
+                pixel_values=image["pixel_values"][None].to(self.model.dtype),
+                image_sizes=[tuple(image["image_sizes"].tolist())],
+                vision_feature_layer=self.model.config.vision_feature_layer,
+            )[0]
+            for image in images
+        ]
 
 
 def _unit(config: PretrainedConfig) -> int:

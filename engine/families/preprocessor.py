@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import ModelLoadError
-from engine.families.pixels import DirectPixels, ProcessorBackend, Recipe, processor_options
+from engine.families.pixels import ProcessorBackend, Recipe, processor_options, recipe_of, size_of, value_recipe
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,6 +50,11 @@ class Layout:
 
     token_ids: list[int]
     is_embed: list[bool] | None = None
+
+    @classmethod
+    def marked(cls, token_ids: list[int], image_token_id: int) -> Layout:
+        """Return a layout in which only the image tokens take encoder rows."""
+        return cls(token_ids, [token == image_token_id for token in token_ids])
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +99,25 @@ class ModelFiles:
     processor: Any
     backend: str
 
+    @property
+    def image_token_id(self) -> int:
+        return int(self.config.image_token_id)
+
+    @property
+    def size(self) -> dict[str, int]:
+        """The processor's size without the edges that it leaves open."""
+        return size_of(self.processor)
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """How the processor resizes and maps levels, for families that choose the size themselves."""
+        return value_recipe(self.processor, self.backend)
+
+    @property
+    def whole_recipe(self) -> Recipe | None:
+        """The processor's whole recipe, with its size and crop."""
+        return recipe_of(self.processor, self.backend)
+
     @cached_property
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
@@ -108,8 +132,7 @@ class Metadata(msgspec.Struct, kw_only=True):
     Attributes:
         image_token_id: The token that stands for an image in a rendered prompt.
         recipe: How pixels are made without transformers; None where transformers' own processor is needed.
-        fingerprint: Changes whenever the same image would be prepared differently; part of the image's
-            digest.
+        fingerprint: Changes whenever the same image would be prepared differently; part of the image's digest.
     """
 
     image_token_id: int
@@ -123,8 +146,7 @@ F = TypeVar("F", bound=Metadata)
 class Preprocessor(ABC, Generic[F]):
     """Turns upright RGB images into arrays. `prepare` is called from several threads at once.
 
-    The preparation of an image may depend on the rest of the prompt: `variant` numbers the `num_variants`
-    ways.
+    The preparation of an image may depend on the rest of the prompt: `variant` numbers the `num_variants` ways.
 
     Attributes:
         metadata_type: The family's `Metadata`.
@@ -133,8 +155,8 @@ class Preprocessor(ABC, Generic[F]):
         takes_embeddings: Whether clients may send rows in place of an image; each becomes one image token.
         takes_features: Whether scripts may send features of the vision tower in place of an image; the projector has
             two linear layers then.
-        adds_special_tokens: Whether the tokenizer adds its own to a prompt that does not begin with one, as
-            in most processors.
+        adds_special_tokens: Whether the tokenizer adds its own to a prompt that does not begin with one, as in most
+            processors.
         max_images: Greatest number of images in a prompt; None where only its length limits them.
         probes: Sizes (width, height) of the images on which `direct` is compared with `reference`.
         num_variants: Number of ways of preparing an image.
@@ -217,8 +239,14 @@ class Preprocessor(ABC, Generic[F]):
         return self.metadata.image_token_id
 
     @property
+    def recipe(self) -> Recipe:
+        """`metadata.recipe`, for `direct`, which is called only where there is one."""
+        assert self.metadata.recipe is not None
+        return self.metadata.recipe
+
+    @property
     def forbidden_token_ids(self) -> Sequence[int]:
-        """Tokens that a completion may never contain, whatever its grammar allows."""
+        """Tokens that a completion may never contain, even if its grammar allows them."""
         return [self.metadata.image_token_id]
 
     @property
@@ -242,7 +270,7 @@ class Preprocessor(ABC, Generic[F]):
         """
 
     def around(self, num_images: int) -> tuple[list[int], list[int]]:
-        """Return tokens before and after those of a prompt's text, for families whose images are not part of the text.
+        """Return the tokens before and after a prompt's text, for families whose images are not part of the text.
 
         Then nothing is written for images in the text, and the tokenizer adds no tokens. The first token
         returned is the image token.
@@ -310,11 +338,10 @@ FF = TypeVar("FF", bound=FixedMetadata)
 
 
 class FixedPreprocessor(Preprocessor[FF]):
-    """Preprocessor of families in which every image becomes the same number of tokens, whatever its size."""
+    """Preprocessor of families in which images of every size become the same number of tokens."""
 
     def layout(self, width: int, height: int, variant: int = 0) -> Layout:
         return Layout([self.metadata.image_token_id] * self.metadata.num_tokens)
 
     def direct(self, image: Image, variant: int = 0) -> Arrays:
-        assert self.metadata.recipe is not None
-        return {"pixel_values": DirectPixels(self.metadata.recipe)(image)}
+        return {"pixel_values": self.recipe.pixels(image)}

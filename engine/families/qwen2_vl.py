@@ -1,9 +1,8 @@
 """Qwen2-VL and Qwen2.5-VL: images of any size, positions on three axes.
 
-An image is resized, aspect kept, to whole squares of patches, and each square of `merge` x `merge` patches
-becomes one token. A text token has the same position on all axes (frame, row, column); those of an image
-differ by row and column. Positions continue after the longer of the image's sides, so most positions are
-smaller than the index.
+An image is resized, aspect kept, to whole squares of patches, and each square of `merge` x `merge` patches becomes one
+token. A text token has the same position on all axes (frame, row, column); those of an image differ by row and column.
+Positions continue after the longer of the image's sides, so most positions are smaller than the index.
 """
 
 from __future__ import annotations
@@ -17,16 +16,8 @@ import numpy.typing as npt
 
 from engine.errors import ModelLoadError, RequestRejected
 from engine.families.base import Family, FamilyModel
-from engine.families.pixels import ProcessorBackend, value_recipe
-from engine.families.preprocessor import (
-    GRID,
-    Arrays,
-    Layout,
-    Metadata,
-    ModelFiles,
-    PlaceholderText,
-    Preprocessor,
-)
+from engine.families.pixels import ProcessorBackend
+from engine.families.preprocessor import GRID, Arrays, Layout, Metadata, ModelFiles, PlaceholderText, Preprocessor
 
 if TYPE_CHECKING:
     import torch
@@ -79,8 +70,8 @@ class Qwen2VLPreprocessor(Preprocessor[Qwen2VLMetadata]):
         if not processor.do_resize:
             raise ModelLoadError("the image processor of this family must resize: remove do_resize=false")
         return Qwen2VLMetadata(
-            image_token_id=int(config.image_token_id),
-            recipe=value_recipe(processor, model.backend),
+            image_token_id=model.image_token_id,
+            recipe=model.recipe,
             patch=int(processor.patch_size),
             merge=int(processor.merge_size),
             frames=int(processor.temporal_patch_size),
@@ -119,8 +110,7 @@ class Qwen2VLPreprocessor(Preprocessor[Qwen2VLMetadata]):
     def target(self, width: int, height: int) -> tuple[int, int]:
         """Return (width, height) after resizing.
 
-        Both are multiples of a token's side, as close to the image's own size and aspect as the limits on
-        pixels allow.
+        Both are multiples of a token's side, as close to the image's own size and aspect as the limits on pixels allow.
 
         Raises:
             RequestRejected: The image is too long.
@@ -141,8 +131,7 @@ class Qwen2VLPreprocessor(Preprocessor[Qwen2VLMetadata]):
         return columns * unit, rows * unit
 
     def direct(self, image: Image, variant: int = 0) -> Arrays:
-        recipe = self.metadata.recipe
-        assert recipe is not None
+        recipe = self.recipe
         pixels = recipe.values(recipe.resized(image, self.target(*image.size)))
         patch, merge = self.metadata.patch, self.metadata.merge
         rows, columns = (side // patch for side in pixels.shape[1:])
@@ -177,6 +166,7 @@ class Qwen2VLPreprocessor(Preprocessor[Qwen2VLMetadata]):
 
 
 class Qwen2VLModel(FamilyModel):
+    decoder_types = None
     position_axes = 3
 
     encode_patches = 1 << 14

@@ -5,8 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from engine.families.base import Family
-from engine.families.text import TEXT_TYPES
+from engine.families.base import TEXT_TYPES, Family
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -34,7 +33,7 @@ _VISION = {
 
 
 def kind_of(config: PretrainedConfig) -> str:
-    """Return config.json's model_type, with that of the vision tower where the family depends on it."""
+    """Return config.json's model_type, with the vision tower's model_type where the family depends on it."""
     kind = f"{config.model_type}/{getattr(getattr(config, 'vision_config', None), 'model_type', None)}"
     return kind if kind in _VISION else str(config.model_type)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from engine.families.base import FamilyModel
 from engine.families.pixels import Levels, Pixels, Recipe
 
 if TYPE_CHECKING:
@@ -29,20 +30,39 @@ def cut(recipe: Recipe, levels: Levels, height: int, width: int) -> list[Pixels]
     ]
 
 
+class TiledModel(FamilyModel):
+    """A model whose tower sees the tiles of an image: its `pixel_values` are [tiles, 3, height, width]."""
+
+    encode_batch = 4
+
+    def tower(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Map tiles [n, 3, height, width] to [n, rows, C]."""
+        rows: torch.Tensor = self.features(pixel_values=tiles)
+        return rows
+
+    def rows(self, features: torch.Tensor, image: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Arrange what the tower made of an image's tiles, [tiles, rows, C], as [rows, D]."""
+        return features.flatten(0, 1)
+
+    def encode(self, images: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+        features = encode_tiles(self.tower, [image["pixel_values"].to(self.model.dtype) for image in images])
+        return [self.rows(own, image) for own, image in zip(features, images, strict=True)]
+
+
 def encode_tiles(tower: Callable[[torch.Tensor], torch.Tensor], images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Encode the tiles of several images together.
 
     Args:
-        tower: Maps tiles [n, 3, height, width] to [n, rows, D].
+        tower: Maps tiles [n, 3, height, width] to [n, rows, C].
         images: Tiles of each image, [tiles, 3, height, width].
 
     Returns:
-        One [tiles x rows, D] for each image.
+        One [tiles, rows, C] for each image.
     """
     import torch
 
     features = torch.cat([tower(part) for part in torch.split(torch.cat(list(images)), TILES_AT_ONCE)])
-    return [rows.flatten(0, 1) for rows in torch.split(features, [len(image) for image in images])]
+    return list(torch.split(features, [len(image) for image in images]))
 
 
 def best_resolution(height: int, width: int, resolutions: Sequence[Size]) -> Size:
@@ -70,7 +90,7 @@ def fitted(height: int, width: int, target: Size) -> Size:
 def without_padding(height: int, width: int, grid: Size) -> Size:
     """Return the rows and columns of a grid of features that show the image, which was fitted into it and centred.
 
-    Rounding is that of transformers' `unpad_image`: a different rounding would give another number of tokens.
+    It rounds as transformers' `unpad_image` does; a different rounding would give another number of tokens.
     """
     rows, columns = grid
     if width / height > columns / rows:

@@ -1,4 +1,4 @@
-"""Fetches models: from a directory, the Hugging Face hub or S3 to a directory on this machine."""
+"""Fetches models from the Hugging Face hub or S3 to a directory on this machine."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ class Cancelled(Exception):
 
 
 def local_path(param: str, text: str, base: Path, roots: Iterable[str | Path], what: str, named: str) -> Path:
-    """Return the path that a client gives in a parameter, without links; a relative one begins in `base`.
+    """Return the path that a client gives in a parameter, with links resolved.
 
-    Nothing is told of what lies elsewhere, nor whether there is anything.
+    Errors say nothing about other directories, not even whether they exist.
 
     Args:
         param: The parameter's name.
         text: The path, or a file: URL.
-        base: Where a relative path begins.
-        roots: The directories below which it may lie; an empty text is none.
-        what: What is loaded from there, for people, as "adapters".
-        named: What the roots are called, for people.
+        base: The directory in which a relative path begins.
+        roots: The directories below which the path must be; empty texts are ignored.
+        what: The name of what is loaded, for messages, such as "adapters".
+        named: The name of the roots, for messages.
 
     Raises:
-        InvalidRequest: It is not a path, or lies elsewhere.
+        InvalidRequest: The text is not a path, or the path is not below a root.
     """
     if len(text) > _LONGEST or "\0" in text or not text.strip():
         raise InvalidRequest(f"{param}: the path of a directory", param=param)

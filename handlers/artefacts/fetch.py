@@ -1,4 +1,4 @@
-"""Returns the directory of a model, which may be a directory already, a repository of the hub, or an S3 prefix."""
+"""Finds the directory of a model, which may be a directory already, a repository of the hub, or an S3 prefix."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def here(location: ModelLocation, settings: Settings) -> tuple[Path | None, bool
 
 
 def download_root(configured: str | None) -> Path:
-    """Return where downloads are kept: a directory of ours alone, created if it is missing. Raises ArtefactError."""
+    """Return the directory for downloads, which is created if it is missing. Raises ArtefactError."""
     root = Path(configured) if configured else Path(tempfile.gettempdir()) / f"lmi-models-{os.getuid()}"
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)

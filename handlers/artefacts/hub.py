@@ -1,4 +1,4 @@
-"""Models from the Hugging Face hub, of which only the files that serving needs are fetched."""
+"""Fetches models from the Hugging Face hub: only the files that serving needs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 _SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-"""Formats of weights. Only the first one that a repository has at its top is fetched."""
+"""Formats of weights. Only the first that a repository has in its top directory is fetched."""
 
 
 def fetch_hub(
@@ -36,7 +36,7 @@ def fetch_hub(
 ) -> Path:
     """Return the directory of a repository's snapshot, after fetching what is missing. Blocks.
 
-    It is in the hub's own cache if that can be written to, else below `root`. revision: None is the main branch.
+    The directory is in the hub's own cache if that is writable, else below `root`. revision: None is the main branch.
     with_code: also fetch Python files. Raises ArtefactError.
     """
     cache = Path(constants.HF_HUB_CACHE)
@@ -66,7 +66,7 @@ def fetch_hub(
 
 
 def cached_hub(name: str, revision: str | None, root: Path, *, offline: bool) -> Path | None:
-    """Return the snapshot that an earlier `fetch_hub` left, or None. Raises ArtefactError if offline there is none."""
+    """Return the snapshot that an earlier `fetch_hub` left, or None. Offline, raises ArtefactError if there is none."""
     cache = Path(constants.HF_HUB_CACHE)
     if offline:
         return _cached(name, revision, cache, offline=True)
@@ -74,7 +74,7 @@ def cached_hub(name: str, revision: str | None, root: Path, *, offline: bool) ->
 
 
 def wanted(files: Sequence[str], with_code: bool) -> list[str]:
-    """Return those of a repository's files that serving needs."""
+    """Return the files of a repository that serving needs."""
     patterns = (*_SMALL, "*.py") if with_code else _SMALL
     small = [file for file in files if any(fnmatch.fnmatch(file, pattern) for pattern in patterns)]
     top = [file for file in files if "/" not in file]
@@ -84,7 +84,7 @@ def wanted(files: Sequence[str], with_code: bool) -> list[str]:
 
 
 def _files(name: str, revision: str | None, token: str | None, with_code: bool, cache: Path) -> list[str] | None:
-    """Return the files to fetch, or None if the hub cannot be reached, so that a copy in the cache can still serve."""
+    """Return the files to fetch, or None if the hub cannot be reached: a copy in the cache may still serve."""
     try:
         info = HfApi(token=token).model_info(name, revision=revision, files_metadata=True)
     except (HfHubHTTPError, HFValidationError):
@@ -105,10 +105,10 @@ def _files(name: str, revision: str | None, token: str | None, with_code: bool, 
 
 
 def _bar(loading: progress.Progress) -> type:
-    """Return the class of bars that show nothing and count for us.
+    """Return a class of progress bars that show nothing and report to `loading`.
 
-    The hub's client makes a bar of the bytes that it receives and one of those that it has written, and uses one or
-    both of them, depending on how a file is stored.
+    The hub's client makes a bar for the bytes that it receives and one for the bytes that it has written, and uses one
+    or both of them, depending on how a file is stored.
     """
 
     class Bar(tqdm):  # type: ignore[misc]
@@ -137,7 +137,7 @@ def _cached(name: str, revision: str | None, cache: Path, offline: bool) -> Path
 
 
 def _snapshot(name: str, revision: str | None, cache: Path) -> Path | None:
-    """Look a snapshot up in the cache. `snapshot_download` would miss there the files that are never fetched."""
+    """Look up a snapshot in the cache. `snapshot_download` would miss the files that are never fetched."""
     for file in ("config.json", "params.json"):
         try:
             found = try_to_load_from_cache(name, file, cache_dir=cache, revision=revision)

@@ -3,20 +3,18 @@
 The files of the Hugging Face format that such a model lacks are written into a directory that also links to all the
 files that it has; everything else in this server reads that directory. The weights are not copied: the embedded engine
 converts them while it loads them (`engine.weights`), and vLLM reads them itself. The fields of `params.json` mean what
-they mean in vLLM's vllm/transformers_utils/configs/mistral.py; the format of `tekken.json`, and the ids of its tokens,
-are as in mistral_common's tokens/tokenizers/tekken.py.
+they mean in vLLM's vllm/transformers_utils/configs/mistral.py.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,13 +22,14 @@ import msgspec
 from safetensors import SafetensorError, safe_open
 
 from handlers.artefacts import ArtefactError
+from handlers.artefacts.tekken import TEKKEN, chat_template, read_tekken, tokenizer_files
 
 logger = logging.getLogger(__name__)
 
-PARAMS, TEKKEN = "params.json", "tekken.json"
+PARAMS = "params.json"
 
 _FORMAT = b"2"
-"""Version of what is written here; directories that another version wrote are not used."""
+"""Version of what is written here. Directories that another version wrote are not used."""
 
 _DEFAULT_POSITIONS = 128_000  # as in vLLM
 
@@ -42,16 +41,14 @@ _IGNORED: Mapping[str, tuple[object, ...]] = {
     "causal": (True,),
     "dtype": tuple(_DTYPES.values()),
 }
-"""Values with which a field that is not read here changes nothing, besides null, false and whatever is empty."""
-
-VERSIONS = ("v3", "v7", "v11", "v13", "v15")
-"""Versions of the tokenizer whose chats mistral.jinja writes."""
+"""Values that are accepted of fields that are not read here, because they change nothing. So are null, false and empty
+values of any field."""
 
 _Size = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class Vision(msgspec.Struct, kw_only=True):
-    """`vision_encoder`. max_image_size: the longest edge of an image in pixels; if null, it is image_size."""
+    """`vision_encoder`. max_image_size: the longest edge of an image in pixels; if null, `image_size` is."""
 
     hidden_size: _Size
     num_channels: int = 3
@@ -130,18 +127,6 @@ def completed(directory: Path, root: Path) -> Path:
     return place
 
 
-def chat_template(tekken: Tekken) -> str | None:
-    """Return the chat template for a tokenizer of Mistral's; None if the format of its chats is not known."""
-    version = tekken.config.version
-    if version not in VERSIONS:
-        return None
-    template = Path(__file__).with_name("mistral.jinja").read_text(encoding="utf-8")
-    effort = tekken.reasoning_effort
-    known = {"version": int(version[1:]), "efforts": effort.values, "default_effort": effort.default}
-    values = (f"{{%- set {name} = {json.dumps(value)} -%}}\n" for name, value in known.items())
-    return "".join(values) + template
-
-
 def _lacks(directory: Path, theirs: str, ours: str) -> bool:
     return (directory / theirs).is_file() and not (directory / ours).is_file()
 
@@ -161,10 +146,8 @@ def _key(directory: Path) -> str:
 def _files(directory: Path) -> dict[str, str]:
     """Return the text of each file to add, by its name."""
     files: dict[str, Any] = {}
-    tekken: Tekken | None = None
     template: str | None = None
-    if (directory / TEKKEN).is_file():
-        tekken = read_tekken(directory / TEKKEN)
+    tekken = read_tekken(directory / TEKKEN) if (directory / TEKKEN).is_file() else None
     if _lacks(directory, PARAMS, "config.json"):
         params = _read_params(directory / PARAMS)
         files["config.json"] = _config(params, directory)
@@ -311,177 +294,3 @@ def _stored_dtype(directory: Path) -> str | None:
         except (OSError, SafetensorError):
             return None
     return None
-
-
-UNLISTED_SPECIAL = (
-    "<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
-    "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]",
-    "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]",
-)  # fmt: skip
-"""The special tokens, in the order of their ids, of older files, which do not list them."""
-
-
-class _Special(msgspec.Struct):
-    rank: int
-    token_str: str
-
-
-class _Token(msgspec.Struct):
-    token_bytes: str
-
-
-class _Config(msgspec.Struct):
-    pattern: str
-    default_vocab_size: int
-    default_num_special_tokens: int
-    version: str
-
-
-class _Image(msgspec.Struct):
-    max_image_size: int
-
-
-class _Effort(msgspec.Struct):
-    """Efforts of reasoning that the model knows, and which it takes where a request does not say."""
-
-    values: list[str] = []
-    default: str = ""
-
-
-class _Settings(msgspec.Struct):
-    reasoning_effort: _Effort | None = None
-
-
-class Tekken(msgspec.Struct):
-    """tekken.json. `multimodal` is the older name of `image`."""
-
-    config: _Config
-    vocab: list[_Token]
-    special_tokens: list[_Special] | None = None
-    image: _Image | None = None
-    multimodal: _Image | None = None
-    model_settings_builder: _Settings | None = None
-
-    @property
-    def reasoning_effort(self) -> _Effort:
-        """The efforts of reasoning that are written into a prompt; there are none before version 15."""
-        settings = self.model_settings_builder
-        return (settings and settings.reasoning_effort) or _Effort()
-
-    @property
-    def longest(self) -> int | None:
-        """The longest edge that an image may have, in pixels; None if the file does not say."""
-        image = self.image or self.multimodal
-        return None if image is None else image.max_image_size
-
-    @property
-    def special(self) -> list[str]:
-        """The special tokens in the order of their ids, with those that fill up their number."""
-        named = list(UNLISTED_SPECIAL)
-        if self.special_tokens is not None:
-            named = [token.token_str for token in sorted(self.special_tokens, key=lambda token: token.rank)]
-        return named + [f"<SPECIAL_{at}>" for at in range(len(named), self.config.default_num_special_tokens)]
-
-
-def read_tekken(file: Path) -> Tekken:
-    """Read and check the file. Raises ArtefactError if it is not such a tokenizer."""
-    try:
-        tekken = msgspec.json.decode(file.read_bytes(), type=Tekken)
-    except OSError as error:
-        raise ArtefactError(f"{file} cannot be read: {error.strerror}") from error
-    except msgspec.MsgspecError as error:
-        raise ArtefactError(f"tekken.json of the model is not one of Mistral's tokenizers: {error}") from error
-    count, sizes, special = tekken.config.default_num_special_tokens, tekken.config, tekken.special
-    ranks = [token.rank for token in tekken.special_tokens or ()]
-    if sorted(ranks) != list(range(len(ranks))) or len(special) != count or len(set(special)) != count:
-        raise ArtefactError(
-            f"tekken.json of the model lists special tokens that are not the {count} of its "
-            "default_num_special_tokens, numbered from 0: fetch it again"
-        )
-    if not 256 <= sizes.default_vocab_size - count <= len(tekken.vocab):
-        raise ArtefactError(
-            f"tekken.json of the model has {len(tekken.vocab)} tokens and {count} special ones, which do not fit its "
-            f"default_vocab_size {sizes.default_vocab_size}: fetch it again"
-        )
-    return tekken
-
-
-def tokenizer_files(tekken: Tekken) -> dict[str, Any]:
-    """Return the contents of tokenizer.json and tokenizer_config.json."""
-    special = tekken.special
-    ranks = _ranks(tekken)
-    text = {piece: "".join(_ALPHABET[byte] for byte in piece) for piece in ranks}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    split = {
-        "type": "Split",
-        "pattern": {"Regex": tekken.config.pattern},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-    begin = {"SpecialToken": {"id": "<s>", "type_id": 0}}
-    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-    tokenizer = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": number, "content": token, "special": True}
-            | dict.fromkeys(("normalized", "single_word", "lstrip", "rstrip"), False)
-            for number, token in enumerate(special)
-        ],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [begin, first],
-            "pair": [begin, first, second],
-            "special_tokens": {"<s>": {"id": "<s>", "ids": [special.index("<s>")], "tokens": ["<s>"]}},
-        },
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "ignore_merges": True,
-            "vocab": {token: number for number, token in enumerate([*special, *text.values()])},
-            "merges": [[text[left], text[right]] for left, right in _merges(ranks)],
-        },
-    }
-    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        **{name: token for name, token in named.items() if token in special},
-    }
-    return {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
-
-
-def _ranks(tekken: Tekken) -> dict[bytes, int]:
-    """Return the rank of each ordinary token, by its bytes. The file may list more tokens than the model has."""
-    listed = tekken.vocab[: tekken.config.default_vocab_size - tekken.config.default_num_special_tokens]
-    try:
-        ranks = {base64.b64decode(token.token_bytes): rank for rank, token in enumerate(listed)}
-    except ValueError as error:
-        raise ArtefactError("tekken.json of the model has token_bytes that are not base64: fetch it again") from error
-    if len(ranks) != len(listed) or not all(bytes([byte]) in ranks for byte in range(256)):
-        raise ArtefactError("tekken.json of the model lists a token twice, or not every byte: fetch it again")
-    return ranks
-
-
-def _merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """Yield all pairs of tokens that form another token, by its rank: the order in which they are merged."""
-    for piece in ranks:
-        pairs = [(piece[:at], piece[at:]) for at in range(1, len(piece))]
-        known = [(left, right) for left, right in pairs if left in ranks and right in ranks]
-        yield from sorted(known, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-
-
-def _alphabet() -> dict[int, str]:
-    """Return the character that stands for each byte in byte-level vocabularies.
-
-    A visible character stands for itself; the others are numbered from U+0100 on.
-    """
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in visible]
-    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + at) for at, byte in enumerate(others)}
-
-
-_ALPHABET = _alphabet()

@@ -1,4 +1,4 @@
-"""Models from `s3://bucket/prefix/`, fetched by boto3's transfer manager: many ranges at a time, never of two versions.
+"""Fetches models from `s3://bucket/prefix/` with boto3's transfer manager: many ranges at a time, all of one version.
 
 Each URL has its own directory below the download root:
 
@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -59,11 +59,15 @@ class S3Object:
     path: PurePosixPath
 
 
+_Ended: TypeAlias = "queue.SimpleQueue[tuple[S3Object, Any]]"
+"""Objects whose download has ended, each with its future, which has the error if there is one."""
+
+
 def fetch_s3(url: str, root: Path, cancelled: threading.Event) -> Path:
     """Return a directory with a copy of everything below `s3://bucket/prefix`, or of what one .tar.gz contains.
 
-    What an earlier run fetched is kept if size and entity tag still agree. Credentials, region and endpoint
-    are boto3's (environment, container role, ...). Raises ArtefactError, or Cancelled once `cancelled` is set.
+    Files that an earlier run fetched are kept if size and entity tag still agree. Credentials, region and endpoint are
+    boto3's (environment, container role, ...). Raises ArtefactError, or Cancelled once `cancelled` is set.
     """
     bucket, prefix = parse_url(url)
     place = root / "s3" / hashlib.sha256(url.encode()).hexdigest()[:24]
@@ -86,7 +90,7 @@ def parse_url(url: str) -> tuple[str, str]:
 
 
 def require_client() -> None:
-    """Raises ArtefactError if boto3 is not installed."""
+    """Raise ArtefactError if boto3 is not installed."""
     if find_spec("boto3") is None:
         raise ArtefactError("models from s3:// need boto3: pip install boto3")
 
@@ -128,7 +132,7 @@ def _head(client: Any, bucket: str, key: str) -> S3Object:
 
 
 def _listed(client: Any, bucket: str, prefix: str) -> Iterator[S3Object]:
-    """Yield all objects below the prefix. Raises ArtefactError for a key that is not a harmless relative path."""
+    """Yield all objects below the prefix. Raises ArtefactError for a key that is not a safe relative path."""
     if prefix and not prefix.endswith("/"):
         prefix += "/"
     for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
@@ -183,9 +187,7 @@ class _Transfer:
         self._bucket = bucket
         self._manifest = place / "manifest.json"
         self._cancelled = cancelled
-        self._progress = progress.current()
-        self.ended: queue.SimpleQueue[tuple[S3Object, Any]] = queue.SimpleQueue()
-        self._lock = threading.Lock()
+        self._ended: _Ended = queue.SimpleQueue()
 
     def run(self, objects: Sequence[S3Object]) -> int:
         """Fetch what is missing or has changed, remove what is no longer listed, and count the fetched objects.
@@ -229,7 +231,8 @@ class _Transfer:
                 f"{self.files.parent}; set SERVING_DOWNLOAD_DIR"
             )
         logger.info("%s: fetching %d files, %s", self._bucket, len(items), size_text(total))
-        self._progress.begin("", total)
+        loading = progress.current()
+        loading.begin("", total)
         config = TransferConfig(
             multipart_threshold=1,  # Only requests for ranges name the entity tag that they expect.
             multipart_chunksize=PART_BYTES,
@@ -242,7 +245,8 @@ class _Transfer:
             for item in items:
                 target = self.files / item.path
                 target.parent.mkdir(parents=True, exist_ok=True)
-                manager.download(self._bucket, item.key, str(target), subscribers=[_Download(self, item)])
+                download = _Download(item, loading, self._ended)
+                manager.download(self._bucket, item.key, str(target), subscribers=[download])
             self._wait(len(items), known)
 
     def _wait(self, left: int, known: dict[str, tuple[int, str]]) -> None:
@@ -253,7 +257,7 @@ class _Transfer:
             if self._cancelled.is_set():
                 raise Cancelled
             try:
-                item, download = self.ended.get(timeout=_POLL_SECONDS)
+                item, download = self._ended.get(timeout=_POLL_SECONDS)
                 download.result()
                 known[str(item.path)] = (item.size, item.etag)
                 draft = self._manifest.with_suffix(".new")
@@ -268,30 +272,29 @@ class _Transfer:
                     "kept for the next start"
                 ) from error
 
-    def advance(self, item: S3Object, count: int) -> None:
-        """Count bytes received; a negative count takes back those of a range whose connection broke."""
-        with self._lock:
-            self._progress.done += count
-        if count < 0:
-            logger.warning("%s: %s: the connection broke; trying again", self._bucket, item.key)
-
 
 class _Download:
     """Receives what the transfer manager's threads report about one object."""
 
-    def __init__(self, transfer: _Transfer, item: S3Object) -> None:
-        self._transfer = transfer
+    _lock = threading.Lock()
+
+    def __init__(self, item: S3Object, loading: progress.Progress, ended: _Ended) -> None:
         self._item = item
+        self._loading = loading
+        self._ended = ended
 
     def on_queued(self, future: Any, **_: Any) -> None:
         future.meta.provide_transfer_size(self._item.size)
         future.meta.provide_object_etag(self._item.etag)
 
     def on_progress(self, future: Any, bytes_transferred: int, **_: Any) -> None:
-        self._transfer.advance(self._item, bytes_transferred)
+        with self._lock:
+            self._loading.done += bytes_transferred
+        if bytes_transferred < 0:  # takes back the bytes of a range
+            logger.warning("%s: %s: the connection broke; trying again", future.meta.call_args.bucket, self._item.key)
 
     def on_done(self, future: Any, **_: Any) -> None:
-        self._transfer.ended.put((self._item, future))
+        self._ended.put((self._item, future))
 
 
 _CHANGED = "an object changed while it was fetched; start again"

@@ -13,7 +13,7 @@ import jinja2
 import msgspec
 
 from engine.errors import ModelLoadError
-from handlers.artefacts.mistral import TEKKEN, VERSIONS
+from handlers.artefacts.tekken import TEKKEN, VERSIONS
 from handlers.backends.backend import Backend, Findings
 from handlers.backends.mistral_format import format_problems
 from handlers.backends.weight_files import unreadable

@@ -1,1 +1,1 @@
-"""The user's own handler: `model.py` with `handle(inputs)`, in the style of DJL Serving, in processes of its own."""
+"""The user's own handler: `model.py` with `handle(inputs)`, in DJL Serving's style. It runs in its own processes."""

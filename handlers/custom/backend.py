@@ -1,4 +1,4 @@
-"""The processes of the user's handler: how they are started, called and replaced, and which one gets a call."""
+"""Starts, calls and replaces the processes of the user's handler, and chooses the one that gets a call."""
 
 from __future__ import annotations
 
@@ -17,27 +17,8 @@ from pydantic import SecretStr
 from handlers.backends.adapters import AdapterStore
 from handlers.backends.base import BackendStats, Capabilities, Health
 from handlers.custom.find import OwnCode, refuse_unusable
-from handlers.custom.messages import (
-    Answer,
-    Call,
-    Cancel,
-    End,
-    Failed,
-    FromHandler,
-    LoadFailed,
-    Part,
-    Ready,
-    Start,
-    ToHandler,
-)
-from handlers.errors import (
-    CustomCodeError,
-    EngineFailed,
-    PayloadTooLarge,
-    ServingError,
-    Unavailable,
-    stopping,
-)
+from handlers.custom.messages import Answer, Call, Cancel, End, Failed, FromHandler, LoadFailed, Part, Ready, Start
+from handlers.errors import CustomCodeError, EngineFailed, PayloadTooLarge, ServingError, Unavailable, stopping
 from processes.child import Child, Connection, Log
 from processes.inside import MAX_FRAME_BYTES
 from processes.supervisor import Supervisor, why_down
@@ -49,7 +30,7 @@ handler_log = logging.getLogger("handlers.custom")
 """The log of what the user's handler prints."""
 
 MAX_WAITING_BYTES = 64 * 2**20
-"""How much of one streamed answer may wait for its client; beyond that it is aborted."""
+"""How much of one streamed answer may wait for its client; beyond that the answer is aborted."""
 
 _STOP_SECONDS = 3.0
 
@@ -60,7 +41,7 @@ class CustomBackend:
     adapters: AdapterStore | None = None
 
     def __init__(self, start: Start, processes: int, retry_threshold: int) -> None:
-        """retry_threshold: how often a process is restarted without an answer in between."""
+        """retry_threshold: how often a process is restarted in a row, without an answer in between."""
         self._start = start
         self._supervisors = [
             Supervisor(
@@ -79,12 +60,9 @@ class CustomBackend:
         refuse_unusable(own)
         settings = configuration.settings
         directory = str(own.directory.resolve())
-        properties = _properties(configuration) | {
-            "model_dir": directory,
-            "model_id": str(model_path.resolve()),
-        }
+        properties = _properties(configuration) | {"model_dir": directory, "model_id": str(model_path.resolve())}
         if own.function is None:
-            # The engine would be of no use without them, so they are restarted forever.
+            # The engine would be of no use without formatters, so they are restarted forever.
             return cls(Start(directory, own.file, None, properties), 1, sys.maxsize)
         start = Start(directory, own.file, own.function, properties, own.standard)
         return cls(start, settings.max_workers or 1, settings.retry_threshold)
@@ -106,9 +84,9 @@ class CustomBackend:
         return Capabilities(max_model_len=0, images=False)
 
     async def call(self, properties: dict[str, str], body: bytes) -> HandlerCall:
-        """Begin a call as soon as a process is free for it; the first to ask is the first served.
+        """Begin a call as soon as a process is free; calls are served in their order.
 
-        Raises Unavailable. Cancelled, it leaves nothing behind.
+        Raises Unavailable. If cancelled, it leaves nothing behind.
         """
         if self._given_up:
             raise Unavailable("the model's own handler failed too often")
@@ -128,13 +106,12 @@ class CustomBackend:
         return Health(False, why_down(self._supervisors, "the model's own handler"), lost=self._given_up)
 
     def stats(self) -> BackendStats:
-        alive = self._alive
         return BackendStats(
-            running=sum(process.load for process in alive),
+            running=sum(process.load for process in self._alive),
             waiting=len(self._waiting),
             engine_restarts=sum(supervisor.restarts for supervisor in self._supervisors),
             replicas=len(self._supervisors),
-            replicas_ready=len(alive),
+            replicas_ready=len(self._alive),
         )
 
     async def close(self) -> None:
@@ -159,12 +136,11 @@ class CustomBackend:
         while self._waiting:
             future, properties, body = self._waiting[0]
             free = [process for process in self._alive if process.free]
-            if future.done():
-                self._waiting.popleft()
-                continue
-            if not free:
+            if not free and not future.done():
                 return
             self._waiting.popleft()
+            if future.done():
+                continue
             try:
                 future.set_result(min(free, key=lambda process: process.load).call(properties, body))
             except ServingError as error:
@@ -214,6 +190,13 @@ class HandlerCall:
             raise OutOfMemory(text) if message.status == 507 else CustomCodeError(text)
         return message
 
+    async def rest(self) -> bytes:
+        """Return the remaining parts of an answer that is not streamed. Raises what `next` does."""
+        parts = []
+        while isinstance(message := await self.next(), Part):
+            parts.append(message.data)
+        return b"".join(parts)
+
     def abandon(self, grace: float) -> None:
         """Stop waiting for the answer. A handler that does not end it within `grace` seconds is killed."""
         if not self.ended.is_set():
@@ -236,16 +219,14 @@ class HandlerCall:
 class HandlerProcess:
     """One process that accepts calls, until it dies (see `processes.supervisor.Supervised`)."""
 
-    def __init__(
-        self, child: Child, connection: Connection, ready: Ready, on_free: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, child: Child, connection: Connection, concurrent: bool, on_free: Callable[[], None]) -> None:
         """Take over a process; use `start` to start one."""
-        self.concurrent = ready.concurrent
         self.served = False
-        """Whether a call has ended well, or badly, in it."""
+        """Whether a call has ended, well or badly."""
         self.died = asyncio.Event()
         self._child = child
         self._connection = connection
+        self._concurrent = concurrent
         self._on_free = on_free
         self._calls: dict[int, HandlerCall] = {}
         self._last = 0
@@ -278,7 +259,7 @@ class HandlerProcess:
             frame = await connection.receive()
             first = None if frame is None else msgspec.msgpack.decode(frame, type=FromHandler)
             if isinstance(first, Ready):
-                return cls(child, connection, first, on_free)
+                return cls(child, connection, first.concurrent, on_free)
         except BaseException:
             await child.stop(_STOP_SECONDS)
             raise
@@ -294,7 +275,7 @@ class HandlerProcess:
     @property
     def free(self) -> bool:
         """Whether a call can begin now."""
-        return not self.died.is_set() and (self.concurrent or not self._calls)
+        return not self.died.is_set() and (self._concurrent or not self._calls)
 
     def call(self, properties: dict[str, str], body: bytes) -> HandlerCall:
         """Begin a call; the process must be `free`. Raises PayloadTooLarge."""
@@ -346,9 +327,7 @@ class HandlerProcess:
         try:
             while (frame := await self._connection.receive()) is not None:
                 message = decoder.decode(frame)
-                if isinstance(message, Ready | LoadFailed):
-                    continue
-                if (call := self._calls.get(message.id)) is None:
+                if isinstance(message, Ready | LoadFailed) or (call := self._calls.get(message.id)) is None:
                     continue
                 call.put(message)
                 if isinstance(message, End | Failed):
@@ -367,7 +346,7 @@ class HandlerProcess:
         for call in calls.values():
             call.put(error)
 
-    def _send(self, message: ToHandler) -> None:
+    def _send(self, message: Call | Cancel) -> None:
         try:
             self._connection.send(msgspec.msgpack.encode(message))
         except OSError as error:

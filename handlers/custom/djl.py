@@ -1,4 +1,4 @@
-"""The package `djl_python` that handlers import: the parts of DJL Serving's that they need, with its names."""
+"""The package `djl_python` that handlers import: the parts of DJL Serving's package that they need."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ class Output:
         return self
 
     def error(self, error: str, code: int = 424, message: str = "prediction failure") -> Output:
-        """Replace what was added by an error, which the client sees."""
+        """Replace what was added with an error, which the client sees."""
         self.code, self.message, self.content = code, message, PairList()
         self.add_property("content-type", "application/json")
         return self.add_as_json({"code": code, "message": message, "error": error})

@@ -42,8 +42,8 @@ class OwnCode:
 def find_code(configuration: Configuration, fetched: Path | None = None) -> OwnCode | None:
     """Return the user's own handler, or else formatters, if there are any.
 
-    model.py counts only if it defines the function or formatters. As in LMI, the function does not count beside an
-    entry point that names one of LMI's own handlers. Code that came from the hub does not count: its author is not the
+    model.py counts only if it defines the function or formatters. As in LMI, the function does not count if the entry
+    point names one of LMI's own handlers. Code that came from the hub does not count, since its author is not the
     operator. Nothing is run.
 
     Args:

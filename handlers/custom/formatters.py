@@ -1,4 +1,4 @@
-"""The user's input and output formatters, decorated as such in model.py, which run in a process of their own."""
+"""The user's input and output formatters, which model.py marks with decorators. They run in their own process."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from typing import Any, Literal
 import msgspec
 
 from handlers.custom.backend import CustomBackend
-from handlers.custom.messages import Part
 from handlers.errors import CustomCodeError, DeadlineExceeded, ServingError
 from handlers.protocols.errors import log_error
 from handlers.protocols.lmi.replies import LmiError
 
 _MAX_SECONDS = 60.0
-"""Time for one call of a formatter; after it the process is replaced."""
+"""Time limit of one call of a formatter, after which its process is replaced."""
 
 
 class Formatters:
-    """Calls the formatters. reads, writes: whether there is one for requests, and one for replies."""
+    """Calls the formatters. reads, writes: whether there is a formatter for requests, and for replies."""
 
     def __init__(self, processes: CustomBackend, *, reads: bool, writes: bool) -> None:
         self.reads = reads
@@ -49,23 +48,20 @@ class Formatters:
 
     async def _call(self, formatter: Literal["input", "output", "event"], body: bytes) -> bytes:
         call = None
-        parts = []
         try:
             async with asyncio.timeout(_MAX_SECONDS):
                 call = await self._processes.call({"formatter": formatter}, body)
                 await call.next()
-                while isinstance(message := await call.next(), Part):
-                    parts.append(message.data)
+                return await call.rest()
         except TimeoutError as error:
             raise DeadlineExceeded("the model's own formatter takes too long") from error
         finally:
             if call is not None:
                 call.abandon(0.0)
-        return b"".join(parts)
 
 
 class FormattedStream:
-    """A stream of server-sent events, each of which has gone through the user's formatter."""
+    """A stream of server-sent events, each written by the user's formatter."""
 
     def __init__(self, events: AsyncIterator[bytes], formatters: Formatters, request_id: str) -> None:
         self._events = events

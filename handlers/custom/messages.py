@@ -1,4 +1,4 @@
-"""What passes between the front and a process of the user's handler: msgpack in length-prefixed frames."""
+"""The messages between the server and a process of the user's handler: msgpack in length-prefixed frames."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Start(msgspec.Struct, tag=True):
         directory: The model's directory, absolute.
         file: The handler's file in it.
         function: The function's name; None for formatters, which are called by the name in the property "formatter".
-        properties: The options, as the handler's first, empty call sees them.
+        properties: The options, as the handler's first, empty call gets them.
         standard: Whether it is written for model-hosting-container-standards (see `worker.adapted`).
     """
 
@@ -63,8 +63,8 @@ class Head(msgspec.Struct, tag=True):
     Attributes:
         id: The call's.
         status: The HTTP status.
-        properties: Become headers.
-        streams: Whether its parts are sent on as they arrive.
+        properties: The headers.
+        streams: Whether the parts are sent on as they arrive.
     """
 
     id: int
@@ -92,7 +92,7 @@ class Failed(msgspec.Struct, tag=True):
     Attributes:
         id: The call's.
         status: 424; 507 when memory ran out; or 500 for a reply that is too large.
-        error: The exception's class; for a 500 what is wrong with the reply.
+        error: The exception's class; for a 500, what is wrong with the reply.
     """
 
     id: int

@@ -30,7 +30,7 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
 _OURS = {
     "content-type", "content-length", "transfer-encoding", "connection", "keep-alive", "upgrade", "x-request-id",
 }  # fmt: skip
-"""Headers that a handler cannot set, or that are set from a property elsewhere."""
+"""Headers that a handler cannot set, or that are set elsewhere."""
 
 _MAX_VALUE = 4096
 _NOT_PASSED_ON = frozenset({"authorization", "cookie", "proxy-authorization"})
@@ -67,12 +67,13 @@ class CustomService:
         await self._backend.close()
 
     async def call(self, action: str, incoming: Incoming) -> Reply:
-        """Refuse what only an engine could answer."""
+        """Answer the calls that need no engine, and refuse the others."""
         if action == "execution":
             return execution_reply(self._settings.max_rolling_batch_size)
         if action == "adapters":
             raise InvalidRequest("the model's own handler answers here: no adapters can be managed")
-        return error_reply(_NO_TOKENS, error_format(incoming.route, incoming.headers))
+        error = NotFound("the model's own handler answers here; it has no tokens to show")
+        return error_reply(error, error_format(incoming.route, incoming.headers))
 
     def needs_no_place(self, route: str, size: int, content: bytes | None = None) -> bool:
         return False
@@ -87,20 +88,17 @@ class CustomService:
                 head = await task.call.next()
                 assert isinstance(head, Head)
                 facts.status, facts.stream = head.status, head.streams
-                body = b"" if head.streams else await task.rest()
+                body = b"" if head.streams else await task.call.rest()
         except BaseException as error:
             task.close()
             if isinstance(error, TimeoutError):
-                raise task.overdue() from error
+                raise DeadlineExceeded from error
             raise
         if not head.streams:
             task.close()
         kind = next((v for n, v in head.properties.items() if n.lower() == "content-type"), "application/octet-stream")
-        headers = _headers(head.properties)
-        if head.streams:
-            chunks = HandlerStream(task, kind)
-            return Reply(head.status, kind, chunks=chunks, headers=headers, facts=facts)
-        return Reply(head.status, kind, body, headers=headers, facts=facts)
+        chunks = HandlerStream(task, kind) if head.streams else None
+        return Reply(head.status, kind, body, chunks=chunks, headers=_headers(head.properties), facts=facts)
 
 
 class HandlerTask:
@@ -119,17 +117,6 @@ class HandlerTask:
 
     def time_limit(self) -> asyncio.Timeout:
         return asyncio.timeout_at(self._end)
-
-    def overdue(self) -> DeadlineExceeded:
-        return DeadlineExceeded()
-
-    async def rest(self) -> bytes:
-        """Return the body of an answer that is not streamed."""
-        assert self.call is not None
-        parts = []
-        while isinstance(message := await self.call.next(), Part):
-            parts.append(message.data)
-        return b"".join(parts)
 
     def first_part(self) -> None:
         if self.facts.first_token is None:
@@ -150,7 +137,7 @@ class HandlerTask:
 
 
 class HandlerStream:
-    """The parts of a streamed answer. An error becomes a line or an event if the content type has them."""
+    """The parts of a streamed answer. An error becomes a line or an event, if the content type has those."""
 
     def __init__(self, task: HandlerTask, content_type: str) -> None:
         self._task = task
@@ -170,7 +157,7 @@ class HandlerStream:
             async with task.time_limit():
                 message = await task.call.next()
         except TimeoutError:
-            return self._failed(task.overdue())
+            return self._failed(DeadlineExceeded())
         except ServingError as error:
             return self._failed(error)
         if isinstance(message, End):
@@ -196,9 +183,6 @@ class HandlerStream:
             return b"data: " + line + b"\n\n"
         self._task.close()
         raise error
-
-
-_NO_TOKENS = NotFound("the model's own handler answers here; it has no tokens to show")
 
 
 def _properties(incoming: Incoming) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """The process of the user's handler: `python -m handlers.custom.worker FD`, where FD is the socket to the server.
 
-The first message on the socket is the `Start`; then calls arrive and answers are sent. When the server is gone, for
-whatever reason, the process ends.
+The first message on the socket is the `Start`. Then calls arrive and answers are sent. The process ends when the server
+is gone, for whatever reason.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import queue
 import sys
 import threading
+from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,6 @@ class Channel:
     def __init__(self, parent: Parent) -> None:
         self._parent = parent
         self._decoder = msgspec.msgpack.Decoder(ToHandler)
-        self.cancelled = 0
-        """The last call that was cancelled; ids increase."""
 
     def start(self) -> Start:
         return msgspec.msgpack.decode(self._parent.receive() or b"", type=Start)
@@ -104,8 +103,11 @@ def formatting(members: dict[str, Any], start: Start) -> Callable[[djl.Input], A
             raise HandlerError(f"{start.file} has two functions with @{kind}_formatter")
     if not found:
         raise HandlerError(f"{start.file}: formatters are those of djl_python.input_parser and .output_formatter")
-    wants = "tokenizer" in inspect.signature(found["input"]).parameters if "input" in found else False
-    more = {"tokenizer": _tokenizer(start)} if wants else {}
+    more: dict[str, Any] = {}
+    if "input" in found and "tokenizer" in inspect.signature(found["input"]).parameters:
+        from transformers import AutoTokenizer
+
+        more["tokenizer"] = AutoTokenizer.from_pretrained(start.properties["model_id"])
 
     def handle(inputs: djl.Input) -> Any:
         if inputs.is_empty():
@@ -119,8 +121,8 @@ def formatting(members: dict[str, Any], start: Start) -> Callable[[djl.Input], A
             return changed
         given = djl.response_of(body) if asked == "output" else body.decode()
         changed = found["output"](given)
-        dump = getattr(changed, "model_dump", None)
-        changed = changed if dump is None else dump()
+        if callable(dump := getattr(changed, "model_dump", None)):
+            changed = dump()
         lines = asked == "event" and isinstance(changed, dict | list)
         return djl.to_json(changed) + b"\n" if lines else changed
 
@@ -128,10 +130,10 @@ def formatting(members: dict[str, Any], start: Start) -> Callable[[djl.Input], A
 
 
 def adapted(function: Callable[..., Any]) -> Callable[[djl.Input], Awaitable[Any]]:
-    """Return a handler in DJL's manner that calls one of AWS's vLLM and SGLang images. Raises ImportError.
+    """Return a handler in DJL's style that calls one written for AWS's vLLM and SGLang images. Raises ImportError.
 
-    Such a handler, of the package model-hosting-container-standards, is called with Starlette's request and returns a
-    response of Starlette's, or what is written as JSON. Starlette is installed from the handler's requirements.txt.
+    Such a handler (of the package model-hosting-container-standards) is called with Starlette's request, and returns a
+    response of Starlette's or a value that becomes JSON. The handler's requirements.txt installs Starlette.
     """
     try:
         from starlette.exceptions import HTTPException
@@ -181,14 +183,8 @@ def _output(response: Any) -> djl.Output:
     return output.add_stream_content(stream, lambda part: part if isinstance(part, str) else bytes(part))
 
 
-def _tokenizer(start: Start) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(start.properties["model_id"])
-
-
 def input_of(start: Start, call: Call | None = None) -> djl.Input:
-    """Return the input of a call; by default, of the first, empty one, in which a handler loads its model."""
+    """Return the input of a call; without one, that of the first, empty call, in which a handler loads its model."""
     inputs = djl.Input()
     inputs.function_name = start.function
     inputs.properties.update(start.properties if call is None else call.properties)
@@ -208,18 +204,15 @@ def serve_one_by_one(channel: Channel, start: Start, function: Callable[[djl.Inp
     """Answer calls in the order in which they arrive, in this thread."""
     check_first(function(input_of(start)))
     calls: queue.SimpleQueue[Call] = queue.SimpleQueue()
-
-    def on_cancel(number: int) -> None:
-        channel.cancelled = number
-
-    threading.Thread(target=channel.read, args=(calls.put, on_cancel), daemon=True).start()
+    cancelled: deque[int] = deque(maxlen=1)  # the last one; calls come one at a time
+    threading.Thread(target=channel.read, args=(calls.put, cancelled.append), daemon=True).start()
     channel.send(Ready(concurrent=False))
     while True:
         call = calls.get()
         try:
             for message in answer(call.id, function(input_of(start, call))):
                 channel.send(message)
-                if channel.cancelled == call.id:
+                if call.id in cancelled:
                     break
             channel.send(End(call.id))
         except Exception as error:
@@ -269,7 +262,7 @@ async def _result(value: Any) -> Any:
 
 
 class ReplyTooLarge(Exception):
-    """A reply or a part of one is too large; the message is for the client, too."""
+    """A reply, or a part of one, is too large. The message is also for the client."""
 
 
 def answer(number: int, result: Any) -> Iterator[FromHandler]:
@@ -291,7 +284,7 @@ def answer(number: int, result: Any) -> Iterator[FromHandler]:
 
 
 async def answer_async(number: int, result: Any) -> AsyncIterator[FromHandler]:
-    """Yield the same for an asynchronous handler, whose streams may be of either kind."""
+    """Do the same for an asynchronous handler, whose streams may be of either kind."""
     output = as_output(result)
     if not isinstance(output.stream_content, AsyncIterable):
         for message in answer(number, result):
@@ -309,7 +302,7 @@ async def answer_async(number: int, result: Any) -> AsyncIterator[FromHandler]:
 
 
 def messages_of(number: int, item: Any, stream: djl.Output, *, first: bool) -> Iterator[FromHandler]:
-    """Yield an item of a stream. first: the reply begins with it; an Output then sets status and headers."""
+    """Yield an item of a stream. first: the reply begins with it, so an Output sets status and headers."""
     if first:
         if isinstance(item, djl.Output):
             stream.code, stream.properties = item.code, item.properties

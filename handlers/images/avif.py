@@ -51,8 +51,8 @@ def size(data: bytes) -> Size:
 def reduced(data: bytes, max_pixels: int) -> Pieces | None:
     """Keep only the still image, if there is one, without EXIF and XMP: AVIF's own boxes contain the orientation.
 
-    Positions are stored as offsets, so nothing is moved: what is not needed gets names that no decoder reads.
-    The decoder allocates what the coded data says, not what the boxes say, so both are checked.
+    Boxes refer to each other by position, so nothing is moved: what is not needed is renamed to a name that no decoder
+    reads. The decoder allocates what the coded data says, not what the boxes say, so both are checked.
     """
     parts = counted("AVIF")
     renamed: dict[int, bytes] = {}
@@ -121,11 +121,7 @@ def _check_items(
     for number, content in _contents(data, meta, parts):
         if kinds.get(number) != b"av01":
             continue
-        largest, frames = _coded_frames(content, parts)
-        check_count("AVIF", "frames in an item", frames, _MAX_ITEM_FRAMES)
-        if largest > max_pixels:
-            raise too_many_pixels(max_pixels)
-        coded += largest
+        coded += _coded_pixels(content, max_pixels, parts)
         check_count("AVIF", f"coded pixels for an image of {pixels}", coded, most)
 
 
@@ -212,10 +208,7 @@ def _check_tracks(data: bytes, moov: _Box, max_pixels: int, parts: Iterator[None
             following = runs[i + 1][0] if i + 1 < len(runs) else chunks + 1
             samples += max(0, following - chunk) * per_chunk
         check_count("AVIF", "frames", samples, MAX_FRAMES)
-        largest, frames = _coded_frames(memoryview(data)[first : first + (size or first_size)], parts)
-        check_count("AVIF", "frames in an item", frames, _MAX_ITEM_FRAMES)
-        if largest > max_pixels:
-            raise too_many_pixels(max_pixels)
+        _coded_pixels(memoryview(data)[first : first + (size or first_size)], max_pixels, parts)
 
 
 def _within(data: bytes, box: _Box, path: tuple[bytes, ...], parts: Iterator[None]) -> Iterator[_Box]:
@@ -227,16 +220,16 @@ def _within(data: bytes, box: _Box, path: tuple[bytes, ...], parts: Iterator[Non
             yield from _within(data, inner, path[1:], parts)
 
 
-def _coded_frames(data: memoryview, parts: Iterator[None]) -> tuple[int, int]:
-    """Measure AV1 data (AV1 bitstream specification, sections 5.3 to 5.5); `parts` counts the units.
+def _coded_pixels(data: memoryview, max_pixels: int, parts: Iterator[None]) -> int:
+    """Return the pixels of the largest frame that AV1 data allows; `parts` counts the units.
 
-    Returns:
-        Pixels of the largest frame that the headers allow, and the number of frames.
+    See the AV1 bitstream specification, sections 5.3 to 5.5.
 
     Raises:
+        ImageProblem: There are too many frames or pixels.
         IndexError or ValueError: The data is cut short.
     """
-    at = largest = number = 0
+    at = largest = frames = 0
     for _ in parts:
         if at >= len(data):
             break
@@ -249,8 +242,11 @@ def _coded_frames(data: memoryview, parts: Iterator[None]) -> tuple[int, int]:
         at += size
         if kind == _SEQUENCE_HEADER:
             largest = max(largest, _frame_pixels(bytes(unit[:512])))
-        number += kind in (_FRAME_HEADER, _FRAME)
-    return largest, number
+        frames += kind in (_FRAME_HEADER, _FRAME)
+    check_count("AVIF", "frames in an item", frames, _MAX_ITEM_FRAMES)
+    if largest > max_pixels:
+        raise too_many_pixels(max_pixels)
+    return largest
 
 
 def _leb128(data: memoryview, at: int) -> tuple[int, int]:

@@ -45,8 +45,8 @@ UPRIGHT = {
 def decode(data: bytes, max_pixels: int, background: Color = WHITE) -> Image.Image:
     """Decode the first frame to RGB, turned by its EXIF orientation; transparent parts show the background.
 
-    16-bit samples lose their low byte, and colour profiles are ignored. The result shares nothing with a file
-    or with another image, so threads may read it.
+    16-bit samples lose their low byte, and colour profiles are ignored. The result shares nothing with a file or with
+    another image, so threads may read it.
 
     Raises:
         ImageProblem: The file cannot be used; nothing is decoded above `max_pixels`.
@@ -61,8 +61,8 @@ def flattened(image: Image.Image, background: Color, canvas: Image.Image | None 
     Args:
         image: The open file.
         background: Colour that shows where the image is transparent.
-        canvas: Zeros in RGB, of the file's size. Pixels that need no conversion are decoded into it, and the
-            result is on it.
+        canvas: Zeros in RGB, in the file's size. Pixels that need no conversion are decoded into it, and the result
+            uses it.
     """
     if canvas is not None and image.mode == "RGB" and image.format in _DECODED_IN_PLACE:
         image.im = canvas.im
@@ -74,7 +74,7 @@ def flattened(image: Image.Image, background: Color, canvas: Image.Image | None 
 
 
 def convert(image: Image.Image, max_pixels: int, background: Color = WHITE) -> Image.Image:
-    """Convert an open image in the same way; it is not changed, except that its pixels are read.
+    """Convert an open image as `decode` does. The image is not changed, except that its pixels are read.
 
     Raises:
         ImageProblem: The image cannot be used.
@@ -101,7 +101,7 @@ def _load(image: Image.Image) -> None:
 
 @contextmanager
 def opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
-    """Open a file and read its header; what fails within the context becomes an ImageProblem."""
+    """Open a file and read its header. What fails within the context becomes an ImageProblem."""
     part = "header"
     try:
         data = without_metadata(data, max_pixels)
@@ -124,7 +124,7 @@ def opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
 def prepare_pillow(max_pixels: int) -> None:
     """Set up Pillow for the whole process.
 
-    Its own limit is raised to ours, which is checked for each image. Its warnings are silenced, because
+    Pillow's limit of pixels is raised to ours, which is checked for each image. Its warnings are silenced, because
     anyone could fill the operator's log with damaged images.
     """
     warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -154,17 +154,17 @@ def _flatten(image: Image.Image, background: Color) -> Image.Image:
         flat.paste(layer, mask=layer)
         return flat
     flat = image.convert("RGB")  # always a new image
-    flat.info.clear()  # profiles and comments, which nobody reads and which the cache does not count
+    flat.info.clear()  # profiles and comments, which are not used and which the cache does not count
     return flat
 
 
 def _bare(image: Image.Image) -> Image.Image:
-    """Return the same pixels, not copied, without the file, profiles and comments, which the cache does not count."""
+    """Return the same pixels without the file, profiles and comments, which the cache does not count."""
     return Image.Image()._new(image.im)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Modes I and I;16 hold 16-bit grey, which Pillow's own conversion would clip instead of scale."""
+    """Scale modes I and I;16, which hold 16-bit grey; Pillow's own conversion would clip."""
     flat = (image if image.mode == "I" else image.convert("I")).point(_HIGH_BYTE, "L")
     flat.info.clear()  # the transparent colour is given as a sample of 16 bits
     return flat

@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 decoder_log = logging.getLogger("processes.decoder")
-"""Output of Pillow and its codecs. It concerns clients' files, so it is logged at the level debug."""
+"""Output of Pillow and its codecs, logged at the level debug, since it concerns clients' files."""
 
 WARM = 2
 """Number of decoders started before the first image; more start when these are busy."""
@@ -37,19 +37,19 @@ START_SECONDS = 60.0
 END_SECONDS = 2.0
 
 GRACE_SECONDS = 1.0
-"""How long decoding of an abandoned image may continue before its decoder is killed. Starting another one costs more
+"""How long an abandoned image may still be decoded before its decoder is killed. Starting another decoder costs more
 than most images."""
 
 _MAX_PASSES = 64
 """Number of images that may overtake a large one that waits for memory."""
 
 STOPPED_SECONDS = 1.0
-"""After that time with an image, a decoder that is stopped (SIGSTOP) is killed, and another one gets the image."""
+"""After this time with an image, a decoder that is stopped (SIGSTOP) is killed, and another one gets the image."""
 
 _MAX_ANSWER_BYTES = 2**14
 _OPEN_FILES = 64
 _RESERVE_BYTES = 256 << 20
-"""Memory of a decoder in addition to an image's own: Python, Pillow, and the file twice."""
+"""Memory of a decoder in addition to its image's: Python, Pillow, and the file twice."""
 
 _ERRORS = {error.__name__: error for error in (ImageError, ImageTooLarge)}
 
@@ -60,9 +60,9 @@ class TimeLimits:
 
     Attributes:
         cpu: Seconds of processor time for any image: many times what any format needs on a slow machine.
-        cpu_per_megapixel: Further seconds of it for each million pixels.
-        wall: A decoder that has not answered after this many seconds, and `wall_factor` times the processor time, is
-            not running at all: it is killed.
+        cpu_per_megapixel: Additional seconds for each million pixels.
+        wall: A decoder that has not answered after this many seconds plus `wall_factor` times the processor time is not
+            running at all, and is killed.
         wall_factor: See `wall`.
     """
 
@@ -72,11 +72,11 @@ class TimeLimits:
     wall_factor: float = 10.0
 
     def cpu_for(self, pixels: int) -> float:
-        """Return the seconds of processor time that an image may take."""
+        """Return the limit of processor time for an image, in seconds."""
         return self.cpu + self.cpu_per_megapixel * pixels / 1e6
 
     def wall_for(self, cpu: float) -> float:
-        """Return the seconds after which a decoder is killed that may use `cpu` seconds of processor time."""
+        """Return the seconds after which a decoder that may use `cpu` seconds of processor time is killed."""
         return self.wall + self.wall_factor * cpu
 
 
@@ -86,8 +86,8 @@ class DecoderPool:
     Attributes:
         started: Number of decoders started.
         died: Number of decoders that ended over an image, because it crashed its codec or took too long.
-        killed: Number of decoders killed while decoding: because nobody waited for their image any more,
-            because they did not run, or by the system.
+        killed: Number of decoders killed while decoding: because their image was abandoned, because they did not run,
+            or by the system.
         memory: Memory that decoders may use for all images being decoded.
         times: The time limits of an image; they may be changed at any time.
     """
@@ -123,21 +123,22 @@ class DecoderPool:
             ImageProblem: The file cannot be used.
             Unavailable: No decoder can be started.
         """
-        size, _ = await self._ask(data, None, 2 * len(data), self.times.cpu)
+        size, _ = await self._ask(data, Question(0, 2 * len(data), self.times.cpu))
         return unknown_header(size[0] * size[1])
 
     async def decode(self, data: bytes, header: Header) -> Image.Image:
         """Decode an image into memory that is freed with it.
 
-        Cancelled, it ends the decoder unless that finishes soon. An image whose decoder does not run or was
-        killed goes to another one, once.
+        If cancelled, the decoder is ended unless it finishes soon. An image whose decoder does not run or was killed
+        goes to another one, once.
 
         Raises:
             ImageProblem: The file cannot be used, or has more pixels than `header` says.
             Unavailable: No decoder can be started, or the second one does not run either.
         """
         working = header.working_bytes + 2 * len(data)
-        _, image = await self._ask(data, header.pixels * 4, working, self.times.cpu_for(header.pixels))
+        question = Question(header.pixels * 4, working, self.times.cpu_for(header.pixels))
+        _, image = await self._ask(data, question)
         if image is None:
             raise ImageProblem("its file gives its size twice, and the two sizes differ")
         return image
@@ -150,17 +151,15 @@ class DecoderPool:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._fail_waiting()
+        self._idle.clear()
         for decoder in [*self._alive]:
             self._end(decoder)
-        self._idle.clear()
         await asyncio.gather(*self._ending)
 
-    async def _ask(
-        self, data: bytes, pixel_bytes: int | None, working_bytes: int, seconds: float
-    ) -> tuple[tuple[int, int], Image.Image | None]:
+    async def _ask(self, data: bytes, question: Question) -> tuple[tuple[int, int], Image.Image | None]:
+        """Return the image's size, and the image if it was decoded."""
         # Memory before a decoder, so that no decoder waits for memory while others could use it.
-        (share,) = await self.memory.take([(b"image %d" % next(self._numbers), working_bytes)])
-        question = Question(pixel_bytes or 0, working_bytes, seconds)
+        (share,) = await self.memory.take([(b"image %d" % next(self._numbers), question.working_bytes)])
         try:
             try:
                 return await self._work(await self._take(), share, question, data)
@@ -173,7 +172,7 @@ class DecoderPool:
     async def _work(
         self, decoder: _Decoder, share: Share, question: Question, data: bytes
     ) -> tuple[tuple[int, int], Image.Image | None]:
-        """Own the decoder and the memory for the pixels, and release both, however it ends."""
+        """Decode with this decoder, which is released in any case, as is the memory for the pixels."""
         memory: int | None = None
         if question.pixel_bytes > REUSED_BYTES:
             try:
@@ -204,7 +203,7 @@ class DecoderPool:
     ) -> _Answer:
         """Return the decoder's answer; a decoder that fails is replaced.
 
-        Cancelled, the share is kept as long as needed.
+        If cancelled, the share is kept until the decoder is done or killed.
         """
         wall = self.times.wall_for(question.seconds)
         watch = asyncio.get_running_loop().call_later(STOPPED_SECONDS, _kill_stopped, decoder)
@@ -221,7 +220,7 @@ class DecoderPool:
                 raise stopping() from error
             raise await self._death(decoder, question.seconds) from error
         except asyncio.CancelledError:
-            # The caller gives up its share for the pixels, which must therefore be counted here.
+            # The caller gives up its share for the pixels, so they are counted here from now on.
             kept = share.handed_over(question.pixel_bytes)
             task = self._task(self._await_abandoned(decoder, question), "await-abandoned-image")
             task.add_done_callback(lambda _: kept.release())
@@ -249,7 +248,7 @@ class DecoderPool:
         """Return what the end of a decoder says about its image."""
         child = decoder.child
         code = await asyncio.shield(self._end(decoder))
-        if code == -signal.SIGKILL:  # sent by the system, short of memory, or by somebody: no image does that
+        if code == -signal.SIGKILL:  # by the system, which is short of memory, or an operator: no image causes it
             self.killed += 1
             logger.warning("an image decoder was killed at work; it is replaced")
             return _DecoderLost("an image could not be decoded: its decoder was killed; try again", retry_after=5)
@@ -263,7 +262,7 @@ class DecoderPool:
         return ImageProblem("its decoder failed on it; save the image again, as PNG or JPEG")
 
     async def _take(self) -> _Decoder:
-        """Take a decoder that nobody else uses; it must be given back, ended or killed. Raises Unavailable."""
+        """Take a free decoder, which must be given back, ended or killed. Raises Unavailable."""
         if self._closed:
             raise stopping()
         while self._idle:
@@ -306,7 +305,7 @@ class DecoderPool:
             self._kill(decoder)
 
     def _end(self, decoder: _Decoder) -> asyncio.Task[int]:
-        """Remove the decoder; if somebody waits for one, another takes its place."""
+        """Remove the decoder; if an image waits for one, another is started."""
         self._alive.discard(decoder)
         self._start_as_needed()
         return self._stop(decoder.child)
@@ -331,7 +330,7 @@ class DecoderPool:
         decoder = None
         try:
             decoder = await self._started()
-        except Exception as error:  # whatever it was, those who wait get an error
+        except Exception as error:  # whatever failed, waiting images must get an error
             logger.error("an image decoder could not be started: %s", str(error) or type(error).__name__)
         finally:
             self._starting -= 1
@@ -375,7 +374,7 @@ class DecoderPool:
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        # Retrieved, so that it is not logged; those who wait get it anyway.
+        # Retrieve the exception, so that asyncio does not log it; waiting images get it anyway.
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
         return task
 

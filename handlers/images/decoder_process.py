@@ -107,7 +107,10 @@ def _data_limits() -> tuple[int, int] | None:
 
 @contextmanager
 def _limited(question: Question, limits: tuple[int, int] | None, now: int | None) -> Iterator[None]:
-    """limits: of data, outside of images. now: what counts against them before the image, or a little less."""
+    """Limit memory and processor time for one image.
+
+    limits: of data, between images. now: the bytes that count against them before the image, or slightly fewer.
+    """
     try:
         if limits is not None and now is not None:
             most, hard = now + question.working_bytes + SLACK_BYTES, limits[1]

@@ -1,9 +1,9 @@
-"""Embeddings in place of images: from base64 of a file of `torch.save` to numbers, without torch.
+"""Embeddings in place of images: from the base64 text of a `torch.save` file to numbers, without torch.
 
-Nothing that the file says is executed. It is an uncompressed zip archive: `data.pkl` is a pickle that
-describes how the tensor is rebuilt, and `data/0` holds its values. Only the few instructions that describe
-one dense tensor are followed, and the names in the pickle are never looked up. The archive is read by its
-directory only, within bounds, and never unpacked. The format is described in PyTorch's notes on serialization
+Nothing in the file is executed. It is an uncompressed zip archive: `data.pkl` is a pickle that describes how the tensor
+is rebuilt, and `data/0` holds its values. Only the few instructions that describe one dense tensor are followed, and
+the names in the pickle are never looked up. Only the archive's directory is read, within bounds; the archive is never
+unpacked. PyTorch's notes on serialization describe the format
 (https://docs.pytorch.org/docs/stable/notes/serialization.html).
 """
 
@@ -15,7 +15,6 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from math import prod
 from typing import Any, cast
 
@@ -48,7 +47,7 @@ _SAVE_ANEW = "send what torch.save writes for one dense tensor"
 
 
 class BadTensorFile(ValueError):
-    """The file cannot be used. The message is for the client; of the file's content it contains only names."""
+    """The file cannot be used. The message is for the client; from the file's content it quotes only names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +66,7 @@ class SavedTensor:
 
 
 def read_tensor(file: bytes, allowed: Sequence[str]) -> SavedTensor:
-    """Read the one tensor in a file, without copying; the cost is one pass over its bytes. allowed: its types.
+    """Read the one tensor in a file without copying, in one pass over its bytes. allowed: the types it may have.
 
     Raises:
         BadTensorFile: The file does not hold exactly one dense tensor of an allowed type.
@@ -106,7 +105,7 @@ def read_tensor(file: bytes, allowed: Sequence[str]) -> SavedTensor:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """An entry of the archive. `content` is a view, so that overlapping entries cost nothing."""
+    """An entry of the archive. `content` is a view, so overlapping entries cost nothing."""
 
     content: memoryview
     crc: int
@@ -151,7 +150,7 @@ def _content(file: memoryview, offset: int, size: int) -> memoryview:
 
 @dataclass(frozen=True, slots=True)
 class _Name:
-    """A name that the pickle would look up. It is not looked up here, and may not even be text."""
+    """A name that the pickle refers to. It is not looked up here, and may not even be text."""
 
     module: Any
     name: Any
@@ -232,9 +231,7 @@ def _followed(pickled: bytes) -> Any:
 
 
 _CONSTANTS = {"MARK": _MARK, "NEWTRUE": True, "NEWFALSE": False, "NONE": None, "EMPTY_TUPLE": ()}
-_WRITTEN_OUT = {
-    "BININT", "BININT1", "BININT2", "LONG1", "SHORT_BINUNICODE", "BINUNICODE",
-}  # fmt: skip
+_WRITTEN_OUT = {"BININT", "BININT1", "BININT2", "LONG1", "SHORT_BINUNICODE", "BINUNICODE"}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
@@ -269,8 +266,7 @@ def _whole(number: Any) -> int:
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the strides of a contiguous array, without dimensions of size one."""
-    steps = [*accumulate(reversed(shape[1:]), lambda step, size: step * size, initial=1)][::-1]
-    return _of_long_dimensions(shape, tuple(steps[: len(shape)]))
+    return _of_long_dimensions(shape, tuple(prod(shape[i + 1 :]) for i in range(len(shape))))
 
 
 def _of_long_dimensions(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,20 +1,13 @@
-"""Fetches images over HTTP from hosts that may be hostile: one deadline, a limit on bytes, every redirect checked.
-
-Object stores send the `Content-Encoding` that was stored with an object, whatever the request asked for, and often it
-is wrong: `base64` or `aws-chunked` for plain bytes, `deflate` for gzip's. So the bytes decide which one is undone.
-"""
+"""Fetches images over HTTP from hosts that may be hostile: one deadline, a limit on bytes, every redirect checked."""
 
 # ruff: noqa: ASYNC109 (the timeouts are httpcore's interface)
 
 from __future__ import annotations
 
 import asyncio
-import io
 import ipaddress
 import logging
-import re
 import ssl
-import zlib
 from collections.abc import AsyncIterator, Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, suppress
@@ -25,19 +18,12 @@ from typing import Any
 import anyio
 import httpcore
 
-from handlers.errors import ImageFetchFailed, ImageFetchTimeout, ImageTooLarge, short_of
+from handlers.errors import ImageFetchFailed, ImageFetchTimeout, short_of
 from handlers.images import ImageProblem, too_many_bytes
+from handlers.images.codings import codings_of
 from handlers.images.fetch_slots import FetchSlots, claim_for
-from handlers.images.formats import kind_of
 from handlers.images.limits import ImageLimits
-from handlers.images.target import (
-    AllowedPrivate,
-    Resolver,
-    Target,
-    checked,
-    parse_target,
-    resolve,
-)
+from handlers.images.target import AllowedPrivate, Resolver, Target, checked, parse_target, resolve
 from processes.shortage import shortage
 from properties.hosts import canonical_host
 
@@ -59,7 +45,7 @@ class Body:
 
     Attributes:
         pieces: The bytes, in the pieces that were received.
-        codings: Codings that the host claims to have applied to the image, first to last.
+        codings: The codings that the host says it has applied to the image, first to last.
     """
 
     pieces: list[bytes]
@@ -68,7 +54,7 @@ class Body:
 
 @dataclass(slots=True)
 class _Fetch:
-    """An image being fetched: its request, and the seconds left, to which waiting for a slot does not count."""
+    """An image being fetched: its request, and the seconds left. Waiting for a slot uses up none of them."""
 
     request: Hashable
     left: float
@@ -77,10 +63,10 @@ class _Fetch:
 class Fetcher:
     """Fetches images, at most `max_concurrent_fetches` at a time, shared among their hosts by `FetchSlots`.
 
-    Names are looked up in threads, which cannot be stopped: they have slots of their own, shared in the same
-    way and held until the thread is done, so that name servers that do not answer do not block look-ups of
-    other names. Each request has its own connection: nothing that one image's host sent can reach another's
-    request. There are no cookies, credentials or proxies, and compression is not requested.
+    Names are looked up in threads, which cannot be stopped. Look-ups therefore have slots of their own, shared in the
+    same way and held until the thread is done, so that name servers that do not answer do not block look-ups of other
+    names. Each request has its own connection, so that nothing that one image's host sent can reach another's request.
+    There are no cookies, credentials or proxies, and compression is not requested.
     """
 
     def __init__(
@@ -146,7 +132,7 @@ class Fetcher:
                 reply = await self._hop(target, fetch)
             except ImageProblem as problem:
                 if problem.error is ImageFetchTimeout:
-                    raise  # the time is that of all hops together
+                    raise  # all hops share the time
                 raise ImageProblem(f"after a redirect, {problem.reason}", problem.error) from problem
         if isinstance(reply, Body):
             return reply
@@ -165,12 +151,12 @@ class Fetcher:
             try:
                 async with self._in_time(fetch):
                     reply = await self._ask(target, network)
-            except (ImageProblem, httpcore.TimeoutException) as error:
-                if isinstance(error, ImageProblem) and error.error is not ImageFetchTimeout:
-                    raise
+            except ImageProblem as problem:
+                if problem.error is ImageFetchTimeout:
+                    self.transfers.timed_out(claim, connected=network.connected)
+                raise
+            except httpcore.TimeoutException as error:
                 self.transfers.timed_out(claim, connected=network.connected)
-                if isinstance(error, ImageProblem):
-                    raise
                 raise ImageProblem("its host cannot be reached", ImageFetchFailed) from error
             finally:
                 await network.close()
@@ -375,99 +361,3 @@ class CountedStream(httpcore.AsyncNetworkStream):
 
     def get_extra_info(self, info: str) -> Any:
         return self._stream.get_extra_info(info)
-
-
-MAX_CODINGS = 4
-_DECODED = {"gzip", "deflate"}
-_STEP = 2**18
-_MEMBER_BYTES = 1024  # smallest average member of a gzip file; smaller ones would only cost time
-
-_GZIP, _ZLIB, _RAW = 16 + zlib.MAX_WBITS, zlib.MAX_WBITS, -zlib.MAX_WBITS
-
-
-def codings_of(header: bytes) -> tuple[str, ...]:
-    """Return the codings in a `Content-Encoding` header, in the order in which they were applied."""
-    names = (name.strip().lower() for name in header.decode("latin-1").split(","))
-    return tuple(name.removeprefix("x-") for name in names if name not in ("", "identity"))
-
-
-def without_codings(data: bytes, codings: tuple[str, ...], max_bytes: int) -> bytes:
-    """Undo the codings of an image (RFC 9110, section 8.4.1). Run it in a thread.
-
-    gzip and deflate are supported, the latter with or without zlib's header. What begins like gzip is decoded
-    even if the header does not say so. No step produces more than `max_bytes`.
-
-    Raises:
-        ImageProblem: The data cannot be decoded.
-    """
-    left = list(codings)
-    for _ in range(MAX_CODINGS):
-        if not data or kind_of(data):
-            break  # the header names codings that were not applied
-        if len(codings) > MAX_CODINGS:
-            raise _problem(codings[0], f"and {len(codings) - 1} more on top of it, which is refused")
-        gzipped, has_zlib_header = data.startswith(b"\x1f\x8b"), _has_zlib_header(data)
-        if gzipped or (has_zlib_header and _DECODED & {*left}):
-            while left and left[-1] not in _DECODED:  # such as aws-chunked: how an upload was sent
-                left.pop()
-        if not left and not gzipped:
-            break
-        coding = left.pop() if left else ""
-        if gzipped:
-            window = _GZIP
-        elif coding not in _DECODED:
-            raise _problem(coding, "which is not decoded here: gzip and deflate are")
-        elif has_zlib_header:
-            window = _ZLIB
-        else:
-            window = _GZIP if coding == "gzip" else _RAW
-        data = _inflated(data, coding, window, max_bytes)
-    return data
-
-
-def _inflated(data: bytes, coding: str, window: int, max_bytes: int) -> bytes:
-    view = memoryview(data)
-    whole = io.BytesIO()  # hands over its memory in the end; a list of pieces would be copied
-    at = size = members = 0
-    while at < len(view):
-        members += 1
-        stream = zlib.decompressobj(window)
-        given: bytes | memoryview = b""
-        more = False  # whether zlib may hold back output that exceeded the limit
-        while not stream.eof:
-            if not given and not more:
-                if at == len(view):
-                    raise _problem(coding, "but its data ends too early")
-                given = view[at : at + _STEP]
-                at += len(given)
-            limit = min(_STEP, max_bytes + 1 - size)
-            try:
-                piece = stream.decompress(given, limit)
-            except zlib.error as error:
-                raise _problem(coding, "but its data is not encoded in this way, or is damaged") from error
-            given, more = stream.unconsumed_tail, len(piece) == limit
-            whole.write(piece)
-            size += len(piece)
-            if size > max_bytes:
-                raise ImageProblem(
-                    f"it has more than {max_bytes} bytes when decompressed (option.max_image_bytes)",
-                    ImageTooLarge,
-                )
-        at -= len(stream.unused_data)
-        if window != _GZIP or data[at : at + 2] != b"\x1f\x8b":
-            break  # what follows is padding, if anything
-        if members > 64 + at // _MEMBER_BYTES:
-            raise _problem(coding, "but in absurdly many small members")
-    return whole.getvalue()
-
-
-def _has_zlib_header(data: bytes) -> bool:
-    """RFC 1950: method 8, and a checksum over the first two bytes. Some servers leave the header out."""
-    return len(data) >= 2 and data[0] & 0x0F == 8 and int.from_bytes(data[:2], "big") % 31 == 0
-
-
-def _problem(coding: str, what: str) -> ImageProblem:
-    if not coding:
-        return ImageProblem(f"it begins like a gzip file, {what}", ImageFetchFailed)
-    name = coding if re.fullmatch("[a-z0-9_-]{1,20}", coding) else "of an unknown name"
-    return ImageProblem(f"its host sent it with the Content-Encoding {name}, {what}", ImageFetchFailed)

@@ -1,8 +1,7 @@
 """Shares a limited number of slots for network access, so that no host can block the others.
 
-A host that does not answer holds each of its slots until its time is up. Therefore a host may hold only some
-of the slots, and fewer after each time-out; and requests wait behind those of their own host, not behind
-another's.
+A host that does not answer holds each of its slots until its time is up. Therefore a host may hold only some of the
+slots, and fewer after each time-out; and requests wait behind those for the same host, not for another.
 """
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ RECOVERY_SECONDS = 30.0
 """After this long without a time-out, a host's reduced share doubles; and again after the same time."""
 
 MAX_PASSED_OVER = 512
-"""Number of waiting requests that are considered when a slot becomes free. The remaining ones come first the
-next time."""
+"""Number of waiting requests that are considered when a slot becomes free. The others come first the next time."""
 
 _ONE_LABEL = (
     "akamaihd.net akamaized.net azureedge.net azurewebsites.net b-cdn.net blogspot.com cloudfront.net firebaseapp.com "
@@ -46,10 +44,10 @@ SHARED_SUFFIXES = dict.fromkeys(_ONE_LABEL.split(), 1) | {
     "run.app": 2,
     "windows.net": 3,  # account.blob.core
 }
-"""Suffixes below which anybody may have a name, and the number of labels before them that distinguish the owners.
+"""Suffixes below which anyone may have a name -> the number of labels before them that distinguish the owners.
 
-They are well-known ones of the private part of https://publicsuffix.org/list/; hosts below any other suffix
-count as one site.
+These are well-known ones from the private part of https://publicsuffix.org/list/. Hosts below any other suffix count as
+one site.
 """
 
 
@@ -60,7 +58,7 @@ class HostRecord:
     Attributes:
         share: Number of slots that it may hold.
         changed: Time of the last change of the share.
-        proven: Whether it has delivered since its last time-out.
+        proven: Whether it has delivered an image since its last time-out.
     """
 
     share: int
@@ -88,18 +86,17 @@ class Claim:
 class FetchSlots:
     """Lets at most `total` claims hold a slot at a time. Used on one event loop.
 
-    Of the `total`, a request may hold a quarter; a host or an address at first a quarter, up to three
-    quarters after successes, and half as many as before (at least one) after each time-out; all hosts of one
-    site three quarters.
+    A request may hold a quarter of the `total`. A host or an address may hold a quarter at first, up to three quarters
+    after successes, and half as many as before (at least one) after each time-out. All hosts of one site may hold three
+    quarters.
 
-    Hosts that are not proven may hold a quarter at one address, a quarter at one site, and three quarters
-    together, so that hosts that deliver always find a slot. The last quarter of these three goes only to
-    sites that hold none of them, so that a few sites cannot exclude a host that has yet to deliver its first
-    image.
+    Hosts that are not proven may hold a quarter at one address, a quarter at one site, and three quarters together, so
+    that hosts that deliver always find a slot. The last of these three quarters goes only to sites that hold none of
+    them, so that a few sites cannot exclude a host that has yet to deliver its first image.
     """
 
     def __init__(self, total: int, clock: Callable[[], float] = time.monotonic) -> None:
-        """Create slots of which all are free; `clock` returns seconds."""
+        """Create free slots; `clock` returns seconds."""
         self.total = total
         self.held = 0
         self._clock = clock
@@ -129,7 +126,7 @@ class FetchSlots:
         return self._current(host_or_address).share
 
     async def take(self, claim: Claim) -> ExitStack:
-        """Wait for a slot, which is held until it is closed. Cancelled, it leaves nothing behind."""
+        """Wait for a slot, which is held until it is closed. If cancelled, it leaves nothing behind."""
         if claim.host not in self._queues and self._may(claim):
             return self._granted(claim)
         waiting = _Waiting(claim)

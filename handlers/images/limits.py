@@ -20,7 +20,10 @@ _DEFAULTS = VisionSettings()
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """The options of `VisionSettings` about images, in bytes, and `max_concurrent_fetches` of all requests together."""
+    """The options of `VisionSettings` about images, with sizes in bytes.
+
+    max_concurrent_fetches: of all requests together.
+    """
 
     fetch_timeout: float = _DEFAULTS.image_fetch_timeout
     max_bytes: int = _DEFAULTS.max_image_bytes
@@ -59,9 +62,8 @@ Wanted = tuple[bytes, int]
 class ImageMemory:
     """Limits what all requests together may hold. Used on one event loop.
 
-    A prompt asks once, for all of its images, and so never holds some while it waits for others. A prompt
-    that needs more than the capacity is served when nobody else holds any. Images with the same content are
-    counted once.
+    A prompt asks once for all of its images, so it never holds some while it waits for others. A prompt that needs more
+    than the capacity is served when no memory is in use. Images with the same content are counted once.
     """
 
     def __init__(self, capacity: int, most_passes: int = 0) -> None:
@@ -73,7 +75,7 @@ class ImageMemory:
         self._queue: deque[_Waiting] = deque()
 
     async def take(self, images: Sequence[Wanted]) -> list[Share]:
-        """Wait for a share for each image. Cancelled, it leaves nothing behind."""
+        """Wait for a share for each image. If cancelled, it leaves nothing behind."""
         if not self._queue and self._fits(images):
             return self._grant(images)
         waiting = _Waiting(images)
@@ -131,7 +133,7 @@ class ImageMemory:
 
 
 class Share:
-    """One prompt's hold on the memory of one image; it is returned once, however often it is released."""
+    """One prompt's hold on the memory of one image. Releasing it again has no effect."""
 
     __slots__ = ("_digest", "_memory")
 
@@ -139,11 +141,11 @@ class Share:
         self._memory: ImageMemory | None = memory
         self._digest = digest
 
-    def handed_over(self, more: int = 0) -> Share:
+    def handed_over(self, more: int) -> Share:
         """Pass the hold on to a new share; releasing this one then has no effect.
 
         Args:
-            more: Bytes that it uses in addition from now on, even if they exceed the capacity.
+            more: Additional bytes that the image uses from now on, even if they exceed the capacity.
         """
         assert self._memory is not None
         memory, self._memory = self._memory, None
@@ -194,7 +196,7 @@ class DecodedCache:
     async def obtain(self, digest: bytes, decode: Callable[[], Coroutine[Any, Any, Image]]) -> tuple[LoadedImage, bool]:
         """Return the image of that digest, and whether this call decoded it.
 
-        Raises what `decode` raises. Decoding is cancelled when all who wait for it have been cancelled.
+        Raises what `decode` raises. Decoding is cancelled when all callers that wait for it have been cancelled.
         """
         if (loaded := self._kept.get(digest)) is not None:
             self._kept.move_to_end(digest)

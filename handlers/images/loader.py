@@ -1,4 +1,4 @@
-"""From the URLs in a request to decoded images."""
+"""Loads the images of requests: has them fetched, checked, decoded and cached."""
 
 from __future__ import annotations
 
@@ -6,27 +6,25 @@ import asyncio
 import hashlib
 import itertools
 import ssl
-import string
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
-from urllib.parse import unquote
 
-import numpy as np
-import pybase64
 from PIL.Image import Image
 
 from engine.machine import usable_cores
 from handlers.errors import ImageError, ImageFetchTimeout, stopping
-from handlers.images import NO_SVG, ImageProblem, too_many_bytes, too_many_pixels
+from handlers.images import ImageProblem, too_many_pixels
+from handlers.images.codings import without_codings
+from handlers.images.data_url import decode_data_url, is_data_url
 from handlers.images.decoder import convert, decoded_bytes, prepare_pillow
 from handlers.images.decoder_pool import DecoderPool
 from handlers.images.embeddings import read_embeddings
-from handlers.images.fetch import Body, Fetcher, without_codings
+from handlers.images.fetch import Body, Fetcher
 from handlers.images.formats import Header, read_header
 from handlers.images.limits import DecodedCache, ImageLimits, ImageMemory
 from handlers.images.target import Resolver
@@ -61,8 +59,8 @@ class ImageLoader:
         fetched: Number of images fetched over HTTP.
         bytes: Sum of their sizes.
         decoded: Number of images decoded, whatever their source.
-        cache_hits: Number of images that did not have to be decoded, because one with the same content was
-            cached or being decoded.
+        cache_hits: Number of images that did not have to be decoded, because one with the same content was cached or
+            being decoded.
     """
 
     def __init__(
@@ -91,8 +89,8 @@ class ImageLoader:
     async def load(self, parts: Sequence[MediaPart], deadline: float | None = None, first_index: int = 0) -> None:
         """Set `loaded` of every part of one prompt, all at the same time; the caller must `release` each part.
 
-        Nothing is decoded before the memory budget allows all of them (see `ImageMemory`). If one fails, the
-        images before it are waited for and the others are abandoned. Cancelled or failed, it leaves no socket
+        Nothing is decoded before the memory budget allows all of them (see `ImageMemory`). If one fails, the images
+        before it are still loaded and the others are abandoned. If this fails or is cancelled, it leaves no socket
         open, and no part loaded that was not loaded before.
 
         Args:
@@ -123,7 +121,7 @@ class ImageLoader:
             raise
 
     async def aclose(self) -> None:
-        """Accept no more images; threads finish what they have begun. Cancel the loads under way first."""
+        """Accept no more images. Threads finish what they have begun. Cancel the loads in progress first."""
         self._closed = True
         self._fetcher.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -168,11 +166,8 @@ class ImageLoader:
             return _Source(digest, embedded.size, partial(self._in_thread, embedded.decode))
         if part.given is not None:
             digest = b"given %d" % next(self._numbers)
-            convert_it = partial(self._in_thread, self._convert, part.given)
-            return _Source(digest, decoded_bytes(part.given), convert_it)
-        url = part.url
-        if url[:1].isspace() or url[-1:].isspace():
-            url = url.strip()
+            return _Source(digest, decoded_bytes(part.given), partial(self._in_thread, self._convert, part.given))
+        url = part.url.strip()
         if is_data_url(url):
             return await self._encoded(url)
         body = await self._fetcher.fetch(url, request)
@@ -198,7 +193,7 @@ class ImageLoader:
         return data, hashlib.sha256(data).digest(), read_header(data)
 
     def _convert(self, image: Image) -> LoadedImage:
-        # An image that several prompts share is read from its file by the first: Pillow has no lock for that.
+        # Several prompts may share an image, and the first reads it from its file: Pillow has no lock for that.
         with self._reading[id(image) % len(self._reading)]:
             flat = convert(image, self.limits.max_pixels, self.limits.background)
         digest = hashlib.sha256(b"RGB %d %d " % flat.size)
@@ -235,106 +230,3 @@ async def _until_one_fails(work: Sequence[Coroutine[Any, Any, T]]) -> tuple[list
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
     return done, None
-
-
-MAX_HEADER = 1024
-ACCEPTED_TYPES = {"", "image", "application/octet-stream", "binary/octet-stream"}
-SLICE = 2**18
-"""Number of characters of a URL that are decoded in one step."""
-
-_DISCARDED = b" \t\r\n\f\v="
-_STANDARD = bytes.maketrans(b"-_", b"+/")
-"""Translates the URL-safe alphabet to the standard one."""
-
-_PERCENT = ord("%")
-_HEX = np.array([int(chr(code), 16) if chr(code) in string.hexdigits else 255 for code in range(256)], np.uint8)
-
-
-def is_data_url(url: str) -> bool:
-    """Tell whether a URL is a `data:` URL."""
-    return url[:5].lower() == "data:"
-
-
-def decode_data_url(url: str, max_bytes: int, slice_characters: int = SLICE) -> bytes:
-    """Decode a `data:` URL. Run it in a thread: it costs a few milliseconds per megabyte.
-
-    The declared type is not trusted (the content decides), but a type that is not an image's is refused.
-    Base64 may be wrapped, percent-encoded, URL-safe or without padding. It is decoded in slices, between
-    which other threads run, and no further than `max_bytes`: in addition to the URL at most twice the decoded
-    bytes are held.
-
-    Raises:
-        ImageProblem: The URL cannot be decoded, or holds too much.
-    """
-    comma = url.find(",", 5, 5 + MAX_HEADER)
-    if comma < 0:
-        raise ImageProblem("its data URL has no comma; write data:image/jpeg;base64,...")
-    media_type, *parameters = (field.strip().lower() for field in unquote(url[5:comma]).split(";"))
-    _check_type(media_type)
-    if len(url) - comma > 4 * max_bytes + MAX_HEADER:  # 4: base64 and percent-encoding both, at their worst
-        raise too_many_bytes(max_bytes)
-    decoded = _base64 if "base64" in parameters else _percent
-    pieces: list[bytes] = []
-    size = 0
-    for piece in decoded(_slices(url, comma + 1, slice_characters)):
-        size += len(piece)
-        if size > max_bytes:
-            raise too_many_bytes(max_bytes)
-        pieces.append(piece)
-    if not size:
-        raise ImageProblem("its data URL is empty")
-    return b"".join(pieces)
-
-
-def _check_type(media_type: str) -> None:
-    if media_type.startswith("image/svg"):
-        raise ImageProblem(NO_SVG)
-    if not media_type.startswith("image/") and media_type not in ACCEPTED_TYPES:
-        raise ImageProblem("its data URL does not declare an image; write data:image/jpeg;base64,...")
-
-
-def _base64(slices: Iterator[bytes]) -> Iterator[bytes]:
-    rest = b""
-    for coded in slices:
-        letters = rest + _unquoted(coded).translate(_STANDARD, _DISCARDED)
-        whole = len(letters) - len(letters) % 4
-        letters, rest = letters[:whole], letters[whole:]
-        yield _decoded(letters)
-    yield _decoded(rest + b"=" * (-len(rest) % 4))
-
-
-def _decoded(letters: bytes) -> bytes:
-    try:
-        return pybase64.b64decode(letters, validate=True)
-    except ValueError as error:
-        raise ImageProblem("its data URL is not valid base64") from error
-
-
-def _percent(slices: Iterator[bytes]) -> Iterator[bytes]:
-    return map(_unquoted, slices)
-
-
-def _slices(url: str, start: int, size: int) -> Iterator[bytes]:
-    """Yield the text from `start` on; no slice ends within a `%41`."""
-    while start < len(url):
-        end = start + size
-        if end < len(url) and (cut := url.find("%", end - 2, end)) >= 0:
-            end = cut
-        yield url[start:end].encode("utf-8", "replace")
-        start = end
-
-
-def _unquoted(coded: bytes) -> bytes:
-    """Unquote like urllib.parse.unquote_to_bytes, but without an object for each escape."""
-    if b"%" not in coded:
-        return coded
-    letters = np.frombuffer(coded, np.uint8)
-    at = np.flatnonzero(letters[:-2] == _PERCENT)
-    high, low = _HEX[letters[at + 1]], _HEX[letters[at + 2]]
-    escapes = (high | low) < 16
-    at = at[escapes]
-    out = letters.copy()
-    out[at] = (high[escapes] << 4) | low[escapes]
-    kept = np.ones(len(out), bool)
-    kept[at + 1] = kept[at + 2] = False
-    return out[kept].tobytes()

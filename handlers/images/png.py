@@ -9,7 +9,6 @@ from handlers.images import ImageProblem, Pieces, Size, check_pixels, counted
 from handlers.images.tiff import MAX_TEXT, exif_orientation, orientation_exif, xmp_orientation
 
 _CHUNK = struct.Struct(">I4s")
-_FEW = 2**12  # chunks of pixels that are not joined: decoders take two microseconds for each
 _ORIENTATION = (b"eXIf", b"zTXt", b"tEXt", b"iTXt")  # the first that has one counts
 _TRANSPARENCY_BYTES = {0: (2, 2), 2: (6, 6), 3: (0, 256)}
 """Colour type -> smallest and greatest size of its tRNS chunk."""
@@ -21,7 +20,7 @@ def size(data: bytes) -> Size:
 
 
 def reduced(data: bytes, max_pixels: int) -> Pieces | None:
-    """Keep header, palette, transparency, orientation and pixels; join very many chunks of pixels.
+    """Keep header, palette, transparency, orientation and pixels.
 
     A transparency or an orientation with a wrong checksum is left out, as in libpng.
     """
@@ -64,27 +63,17 @@ def reduced(data: bytes, max_pixels: int) -> Pieces | None:
             orientation = _orientation_in(name, content)
             if orientation is not None and _intact(chunk):
                 orientations[name] = orientation
-    if sum(map(len, pieces)) + sum(map(len, pixels)) + len(rest) == len(data) and len(pixels) <= _FEW:
+    if sum(map(len, pieces)) + sum(map(len, pixels)) + len(rest) == len(data):
         return None
     orientation = next((orientations[name] for name in _ORIENTATION if orientations.get(name)), 1)
     if orientation != 1:
-        pieces += _chunk(b"eXIf", orientation_exif(orientation))
-    if len(pixels) > _FEW:
-        pieces += _chunk(b"IDAT", *(chunk[8:-4] for chunk in pixels))
-    else:
-        pieces += pixels
-    return [*pieces, rest]
+        exif = orientation_exif(orientation)
+        pieces += [_CHUNK.pack(len(exif), b"eXIf"), exif, zlib.crc32(b"eXIf" + exif).to_bytes(4, "big")]
+    return [*pieces, *pixels, rest]
 
 
 def _intact(chunk: memoryview) -> bool:
     return zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
-
-
-def _chunk(name: bytes, *content: bytes | memoryview) -> Pieces:
-    checksum = zlib.crc32(name)
-    for part in content:
-        checksum = zlib.crc32(part, checksum)
-    return [_CHUNK.pack(sum(map(len, content)), name), *content, checksum.to_bytes(4, "big")]
 
 
 def _orientation_in(name: bytes, content: memoryview) -> int | None:

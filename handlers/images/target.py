@@ -1,4 +1,7 @@
-"""Where images may be fetched from: URLs, parsed once, so that what is checked is what is requested; and addresses."""
+"""Where images may be fetched from: which URLs and which addresses.
+
+A URL is parsed once, so that what is checked is what is requested.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """TIFF and BigTIFF: directories of entries that describe how and where the pixels are stored (TIFF 6.0).
 
-EXIF, with which other formats say how an image was turned, is such a directory, too.
+EXIF, which holds the orientation in other formats, is such a directory as well.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ MAX_STRIPS = 2**17
 
 _FEW_STRIPS = 64
 _FEW_PIECES = 2**12
-"""Where Pillow creates an object for each strip or tile, this many are accepted, and one more for each 64
-pixels."""
+"""Where Pillow creates an object for each strip or tile, this many are accepted, and one more for each 64 pixels."""
 
 _MAX_VALUES = 64
 _MAX_PIXEL_BYTES = 32
@@ -42,12 +41,10 @@ _PIXELS = {
     *range(256, 260), 262, 266, 273, 274, *range(277, 280), 284, 292, 293, 317, *range(320, 326), 332, 334, 338, 339,
     347, *range(512, 522), *range(529, 533),
 }  # fmt: skip
-"""Tags that describe how pixels are stored, and 274, the orientation (TIFF 6.0, and its technical notes on
-JPEG)."""
+"""Tags that describe how pixels are stored, and 274, the orientation (TIFF 6.0, and its technical notes on JPEG)."""
 
 _LONG_VALUES = {_PALETTE: 3 * 2**16, _JPEG_TABLES: 2**16, 519: 2**10, 520: 2**10, 521: 2**10}
-"""Tags whose value may be longer than _MAX_VALUES -> greatest length; strips and tiles are counted
-separately."""
+"""Tags that may have more than _MAX_VALUES values -> their greatest number. Strips and tiles are counted separately."""
 
 _NUMBERS = {1: "B", 3: "H", 4: "L", 6: "b", 8: "h", 9: "l", 13: "L", 16: "Q"}
 """Types of integers, with their codes for `struct`."""
@@ -62,7 +59,7 @@ MAX_TEXT = 2**20
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """How a file stores directories: byte order, as `struct` writes it, and whether it is a BigTIFF."""
+    """How a file stores directories. order: byte order in the notation of `struct`. big: whether it is a BigTIFF."""
 
     order: str
     big: bool
@@ -107,7 +104,7 @@ def _first_directory(data: bytes) -> tuple[_Layout, int, int]:
 def reduced(data: bytes, max_pixels: int) -> Pieces | None:
     """Rewrite the first directory in its place with fewer entries, none longer than necessary.
 
-    Uncompressed strips, for each of which Pillow creates an object, are joined to one.
+    Uncompressed strips are joined to one, because Pillow creates an object for each.
     """
     layout, start, count = _first_directory(data)
     if count > MAX_PARTS:
@@ -116,7 +113,7 @@ def reduced(data: bytes, max_pixels: int) -> Pieces | None:
     for at in range(start, start + count * layout.entry_bytes, layout.entry_bytes):
         entry = data[at : at + layout.entry_bytes]
         if len(entry) < layout.entry_bytes:
-            break  # decoders continue with those that are there
+            break  # decoders use the entries that are complete
         (tag,) = struct.unpack_from(layout.order + "H", entry)
         if tag in _PIXELS:
             entries.setdefault(tag, entry)
@@ -125,13 +122,8 @@ def reduced(data: bytes, max_pixels: int) -> Pieces | None:
     appended = _Directory(data, layout, kept).shorten(max_pixels, max(len(data), end))
     if len(kept) == count and kept == entries:
         return None
-    table = b"".join(
-        [
-            struct.pack(layout.count, len(kept)),
-            *(kept[tag] for tag in kept),
-            struct.pack(layout.order + layout.word, 0),
-        ]
-    )
+    last = struct.pack(layout.order + layout.word, 0)
+    table = b"".join([struct.pack(layout.count, len(kept)), *kept.values(), last])
     view = memoryview(data)
     offset = start - struct.calcsize(layout.count)
     return [view[:offset], table, view[offset + len(table) :], appended]

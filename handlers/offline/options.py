@@ -118,7 +118,7 @@ def warn_of_names(configuration: Configuration) -> None:
 
 
 def _unknown(configuration: Configuration) -> list[str]:
-    return [n for n, item in configuration.extra.items() if item.source.level is Level.COMMAND_LINE]
+    return [n for n, item in configuration.extra.items() if item.level is Level.COMMAND_LINE]
 
 
 def _resolve(model: str, options: list[str]) -> Configuration:

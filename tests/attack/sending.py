@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 
 from tests.attack.target import KEY, STALL_SECONDS, Bound, Measured, Target, data_url
+from tests.support.pace import too_long
 
 TRIES = 3
 
@@ -37,7 +38,7 @@ def bounded(
             target.settle()
         measured.within(allowed=allowed, stalls=False)
         assert measured.stalls is not None
-        if measured.stalls.longest <= STALL_SECONDS and (cpu is None or measured.cpu <= cpu):
+        if not too_long(measured.stalls.longest, STALL_SECONDS) and (cpu is None or not too_long(measured.cpu, cpu)):
             return
         if not left:
             measured.within(allowed=allowed)

@@ -22,6 +22,7 @@ from handlers.images.decoder import convert, decode
 from tests.attack.corpus import GENERATORS, good, hostile, mutations, small
 from tests.attack.decoder import MAX_PIXELS
 from tests.attack.samples import encoded, photo
+from tests.support.pace import too_long
 from tests.support.shapes import ROOT
 
 WORKING_BYTES = {"JPEG": 24, "PNG": 18, "WEBP": 28, "GIF": 14, "BMP": 14, "TIFF": 18, "AVIF": 30, None: 0}
@@ -50,10 +51,10 @@ class Cost:
         most = 3 * self.bytes + FIXED_BYTES + self.pixels * (4 + WORKING_BYTES[self.kind])
         if self.memory > most:
             return f"{self.memory} bytes of memory, at most {most}"
-        if self.header > 0.3:
+        if too_long(self.header, 0.3):
             return f"{self.header:.2f} s for its header"
         seconds = 0.6 + self.pixels * 100e-9 + self.bytes * 100e-9
-        return f"{self.seconds:.2f} s, at most {seconds:.2f}" if self.seconds > seconds else ""
+        return f"{self.seconds:.2f} s, at most {seconds:.2f}" if too_long(self.seconds, seconds) else ""
 
 
 def costs(images: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, Cost]]:

@@ -79,7 +79,7 @@ def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(models: Path, downloads: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+def container(models: Path, downloads: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """Has memory for two models of the three that it may hold."""
     options = {"SERVING_ALLOWED_MODEL_PATH": str(models), "SERVING_DOWNLOAD_DIR": str(downloads)}
     memory = {"SERVING_MODELS_MEMORY_MB": "2500", "SERVING_MAX_MODELS": "3", "SAGEMAKER_MULTI_MODEL": "true"}
@@ -88,15 +88,13 @@ def server(models: Path, downloads: Path, tmp_path_factory: pytest.TempPathFacto
         yield live
 
 
-@pytest.fixture(autouse=True)
-def _two_models(request: pytest.FixtureRequest) -> None:
-    """`one`, from a directory, and `two`, from an archive, for tests that use the server."""
-    if "server" not in request.fixturenames:
-        return
-    live, root = request.getfixturevalue("server"), request.getfixturevalue("models")
+@pytest.fixture
+def server(container: LiveServer, models: Path) -> LiveServer:
+    """The container with the models `one`, from a directory, and `two`, from an archive."""
     for name, place in (("one", "hash1/model"), ("two", "hash2/model.tar.gz")):
-        reply = live.http.post("/models", json={"model_name": name, "url": str(root / place)})
+        reply = container.http.post("/models", json={"model_name": name, "url": str(models / place)})
         assert reply.status_code in (200, 409), reply.text
+    return container
 
 
 def ask(live: LiveServer, name: str, *content: Any, **fields: Any) -> httpx.Response:
@@ -264,13 +262,10 @@ def test_a_hostile_archive_is_refused_and_leaves_nothing(
     assert said(ask(server, "two", SQUARE, WHAT)) == "a blue square"
 
 
-def test_an_archives_files_are_removed_with_its_model(server: LiveServer, downloads: Path) -> None:
+def test_unloading_waits_for_what_is_being_answered_and_removes_the_archives_files(
+    server: LiveServer, downloads: Path
+) -> None:
     assert len(list(downloads.rglob("model.safetensors"))) == 1
-    assert server.http.delete("/models/two").json() == {"status": 'Model or workflow "two" unregistered'}
-    assert not list(downloads.rglob("model.safetensors"))
-
-
-def test_unloading_waits_for_what_is_being_answered(server: LiveServer, models: Path) -> None:
     gone = process_of(server, "two", "container.models.serve")
     begun = threading.Semaphore(0)
 
@@ -286,14 +281,24 @@ def test_unloading_waits_for_what_is_being_answered(server: LiveServer, models: 
         streams = [pool.submit(stream) for _ in range(6)]
         for _ in streams:
             assert begun.acquire(timeout=60)
-        assert server.http.delete("/models/two").status_code == 200
+        unloaded = server.http.delete("/models/two")
+        assert unloaded.json() == {"status": 'Model or workflow "two" unregistered'}
         assert not gone.is_running()
+        assert not list(downloads.rglob("model.safetensors"))
         for one in streams:
             events = one.result().split(b"\n\n")
             assert events[-2] == b"data: [DONE]"
             assert json.loads(events[-3].removeprefix(b"data: "))["choices"][0]["finish_reason"] == "length"
     assert ask(server, "two", "Hello!").status_code == 404
     assert said(ask(server, "one", CIRCLE, WHAT)) == "a red circle"
+
+
+def test_a_request_for_a_model_that_is_being_loaded_waits_for_it(container: LiveServer, models: Path) -> None:
+    assert container.http.delete("/models/two").status_code in (200, 404)
+    query = {"model_name": "two", "url": str(models / "hash2/model.tar.gz"), "synchronous": "false"}
+    reply = container.http.post("/models", params=query)
+    assert (reply.status_code, reply.json()["status"]) == (202, 'Model "two" registration scheduled.')
+    assert said(ask(container, "two", SQUARE, WHAT)) == "a blue square"
 
 
 def test_an_engine_that_dies_leaves_the_other_model_alone(server: LiveServer) -> None:
@@ -311,14 +316,6 @@ def test_a_model_whose_server_dies_is_started_by_its_next_request(server: LiveSe
     with ThreadPoolExecutor(4) as pool:
         replies = list(pool.map(lambda _: said(ask(server, "two", SQUARE, WHAT)), range(4)))
     assert replies == ["a blue square"] * 4
-
-
-def test_a_request_for_a_model_that_is_being_loaded_waits_for_it(server: LiveServer, models: Path) -> None:
-    assert server.http.delete("/models/two").status_code == 200
-    query = {"model_name": "two", "url": str(models / "hash2/model.tar.gz"), "synchronous": "false"}
-    reply = server.http.post("/models", params=query)
-    assert (reply.status_code, reply.json()["status"]) == (202, 'Model "two" registration scheduled.')
-    assert said(ask(server, "two", SQUARE, WHAT)) == "a blue square"
 
 
 def test_a_client_that_leaves_aborts_its_request(server: LiveServer) -> None:
@@ -367,11 +364,11 @@ def test_replies_are_as_the_document_says(server: LiveServer, models: Path) -> N
         assert reply.status_code == status, reply.text
 
 
-def test_boto3_names_a_target_model_and_the_platform_makes_room(server: LiveServer, models: Path) -> None:
+def test_boto3_names_a_target_model_and_the_platform_makes_room(container: LiveServer, models: Path) -> None:
     for name in ("one", "two"):
-        server.http.delete(f"/models/{name}")
+        container.http.delete(f"/models/{name}")
     targets = {f"{number}.tar.gz": str(models / "hash1/model") for number in range(3)}
-    with SageMakerFront(server.url, models=targets) as front:
+    with SageMakerFront(container.url, models=targets) as front:
         client = front.client(seconds=150)
         for target in ("0.tar.gz", "1.tar.gz", "0.tar.gz", "2.tar.gz"):
             reply = client.invoke_endpoint(
@@ -384,7 +381,7 @@ def test_boto3_names_a_target_model_and_the_platform_makes_room(server: LiveServ
             assert front.passed["x-amzn-sagemaker-target-model"] == target
         assert len(front.evicted) == 1
         for name in front.loaded:
-            server.http.delete(f"/models/{name}").raise_for_status()
+            container.http.delete(f"/models/{name}").raise_for_status()
 
 
 def test_models_of_the_directory_a_key_idle_models_and_sigterm(tmp_path: Path) -> None:

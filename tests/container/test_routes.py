@@ -22,6 +22,7 @@ from container.state import ServerState
 from handlers.errors import NotFound
 from handlers.protocols.errors import own_words
 from properties.configuration import resolve
+from tests.support.pace import too_long
 from tests.support.scripted import ScriptedBackend
 from tests.support.scripted_server import ServerProcess
 
@@ -158,7 +159,7 @@ def test_a_path_of_a_megabyte_is_looked_at_once() -> None:
     for part in ("/", "/v1/chat/completions", "/models/", "/invoke", "a/"):
         with pytest.raises(NotFound):
             ONE.find("/x" + part * (2**20 // len(part)), "POST")
-    assert time.process_time() - began < 2
+    assert not too_long(time.process_time() - began, 2)
 
 
 def test_a_wrong_method_names_the_right_ones() -> None:

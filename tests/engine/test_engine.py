@@ -16,16 +16,7 @@ from engine.errors import EngineError, ModelLoadError
 from engine.messages import Add, Logprobs
 from engine.sampling_params import SamplingParams
 from engine.sampling_state import SamplingState
-from tests.support.engine_driver import (
-    EOS,
-    Oracle,
-    Prompt,
-    Result,
-    collect,
-    load_engine,
-    random_image,
-    run_all,
-)
+from tests.support.engine_driver import EOS, Oracle, Prompt, Result, collect, load_engine, random_image, run_all
 from tests.support.models import VOCAB, make_llava
 
 

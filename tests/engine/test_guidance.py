@@ -97,13 +97,7 @@ def test_a_finished_answer_parses_and_validates(engine: Engine, temperature: flo
 
 @pytest.mark.parametrize(
     "pattern",
-    [
-        r"[0-9]{1,3}(\.[0-9]{1,3}){3}",
-        r"(yes|no|perhaps)",
-        r"[a-z]{3,6}@[a-z]{2,5}\.(com|org)",
-        r"é+ß?[а-я]{2}",
-        r"a?",
-    ],
+    [r"[0-9]{1,3}(\.[0-9]{1,3}){3}", r"(yes|no|perhaps)", r"[a-z]{3,6}@[a-z]{2,5}\.(com|org)", r"é+ß?[а-я]{2}", r"a?"],
 )
 def test_an_expression_matches_the_whole_answer(engine: Engine, pattern: str) -> None:
     for result in answers(engine, *(ask(regex(pattern), seed, max_tokens=60) for seed in range(6))):
@@ -129,9 +123,7 @@ def schemas() -> st.SearchStrategy[dict[str, Any]]:
         st.integers(0, 4).map(lambda low: {"type": "string", "minLength": low, "maxLength": low + 3}),
         st.sampled_from([{"type": "boolean"}, {"type": "null"}, {"type": "string", "format": "date"}]),
         st.lists(
-            st.one_of(st.integers(-(2**53), 2**53), st.text(max_size=4), st.booleans()),
-            min_size=1,
-            max_size=4,
+            st.one_of(st.integers(-(2**53), 2**53), st.text(max_size=4), st.booleans()), min_size=1, max_size=4
         ).map(lambda values: {"enum": values}),
         st.just({"type": "number", "exclusiveMinimum": -1, "maximum": 1.5}),
     )
@@ -373,18 +365,7 @@ def test_logits_narrower_than_the_tokenizer() -> None:
 
 def test_a_sentencepiece_tokenizer() -> None:
     """Words begin with ▁ and bytes stand in for characters that have no token."""
-    pieces = [
-        "<unk>",
-        "<s>",
-        "</s>",
-        *(f"<0x{byte:02X}>" for byte in range(256)),
-        "▁",
-        "▁{",
-        "a",
-        "▁a",
-        "b",
-        '"',
-    ]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁{", "a", "▁a", "b", '"']
     backend = Tokenizer(
         models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=[], byte_fallback=True, unk_token="<unk>")
     )

@@ -89,11 +89,7 @@ async def fails(stream: OutputStream) -> None:
     pytest.fail("the stream did not fail")
 
 
-PROMPTS = [
-    Prompt([1, 2, 3]),
-    Prompt([9, random_image(1), 4, 5]),
-    Prompt([random_image(2), 7, random_image(1), 8]),
-]
+PROMPTS = [Prompt([1, 2, 3]), Prompt([9, random_image(1), 4, 5]), Prompt([random_image(2), 7, random_image(1), 8])]
 
 
 @pytest.mark.parametrize("ranks", ["one_rank", "two_ranks"])

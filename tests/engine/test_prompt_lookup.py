@@ -39,12 +39,7 @@ def expected(ids: list[int], most: int, setting: LookupConfig) -> list[int]:
     return []
 
 
-@given(
-    st.lists(st.integers(0, 3), min_size=1, max_size=40),
-    st.integers(1, 6),
-    st.integers(1, 3),
-    st.integers(0, 2),
-)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 6), st.integers(1, 3), st.integers(0, 2))
 def test_drafts_are_what_followed_the_longest_match(ids: list[int], most: int, shortest: int, more: int) -> None:
     setting = LookupConfig(6, shortest, shortest + more)
     lookup = PromptLookup(setting)
@@ -184,8 +179,7 @@ def test_other_configurations_are_refused(asked: dict[str, Any], reason: str) ->
 
 
 @pytest.mark.parametrize(
-    ("asked", "shortest", "longest"),
-    [({}, 5, 5), ({"prompt_lookup_max": 3}, 3, 3), ({"prompt_lookup_min": 2}, 2, 2)],
+    ("asked", "shortest", "longest"), [({}, 5, 5), ({"prompt_lookup_max": 3}, 3, 3), ({"prompt_lookup_min": 2}, 2, 2)]
 )
 def test_the_defaults_are_vllms(asked: dict[str, int], shortest: int, longest: int) -> None:
     whole = {"method": "ngram", "num_speculative_tokens": 7, **asked}

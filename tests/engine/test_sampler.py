@@ -22,9 +22,10 @@ from transformers import (
 )
 
 from engine.messages import Logprobs
+from engine.repetition import TokenCounts
 from engine.sampler import Sampler, masses, pick, prompt_logprobs
 from engine.sampling_params import SamplingParams
-from engine.sampling_state import SamplingState, TokenCounts, mix64, uniform
+from engine.sampling_state import SamplingState, mix64, uniform
 from engine.warping import keep_likeliest, keep_typical
 
 CPU = torch.device("cpu")
@@ -152,10 +153,7 @@ class TestEditsOfLogits:
         logits = torch.zeros(2, 6)
         ours = edited(
             logits,
-            [
-                state(min_tokens=1, stop_token_ids=(4,)),
-                state(min_tokens=1, stop_token_ids=(4,), ignore_eos=True),
-            ],
+            [state(min_tokens=1, stop_token_ids=(4,)), state(min_tokens=1, stop_token_ids=(4,), ignore_eos=True)],
         )
         assert ours.isneginf().nonzero().tolist() == [[0, EOS], [0, 4], [1, 4]]
 
@@ -236,11 +234,7 @@ class TestFilters:
 
     def test_rows_have_their_own_parameters(self) -> None:
         logits = random_logits(5, 3000, spread=1.0)
-        top_k, top_p, min_p = (
-            [3000, 7, 3000, 2000, 3000],
-            [1.0, 0.9, 0.95, 1.0, 1.0],
-            [0.0, 0.0, 0.0, 0.0, 0.3],
-        )
+        top_k, top_p, min_p = ([3000, 7, 3000, 2000, 3000], [1.0, 0.9, 0.95, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0, 0.3])
         columns = [torch.tensor(values, dtype=torch.float64).unsqueeze(1) for values in (top_k, top_p, min_p)]
         together = keep_likeliest(masses(logits, column(1.0, 5)), *columns, ordered=True)
         for row in range(5):
@@ -258,8 +252,7 @@ class TestFilters:
 
 class TestDraw:
     @pytest.mark.parametrize(
-        "params",
-        [{}, {"top_p": 0.9}, {"top_k": 5, "temperature": 0.5}, {"min_p": 0.1}, {"typical_p": 0.8}],
+        "params", [{}, {"top_p": 0.9}, {"top_k": 5, "temperature": 0.5}, {"min_p": 0.1}, {"typical_p": 0.8}]
     )
     def test_frequencies_are_the_exact_probabilities(self, params: dict[str, Any]) -> None:
         """Pearson's chi-square below its mean + 4 standard deviations; seeds 0..n-1, so it never flickers."""

@@ -95,10 +95,7 @@ def test_a_planted_upload_in_place_of_an_image_is_refused_and_never_run(tmp_path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            lambda found: found.pop("language_model.lm_head.weight"),
-            r"lack lm_head\.weight \(transformers' names\)",
-        ),
+        (lambda found: found.pop("language_model.lm_head.weight"), r"lack lm_head\.weight \(transformers' names\)"),
         (
             lambda found: [found.pop(name) for name in list(found) if "language_model.model.layers" in name],
             r"lack model\.language_model\.layers\.\S+, \S+, \S+, and \d+ more",

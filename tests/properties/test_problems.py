@@ -83,8 +83,8 @@ def test_an_option_of_vllm_is_told_from_a_misspelt_one_where_vllm_is_not_install
 def test_unknown_options_are_kept_with_their_source() -> None:
     found = configure("stream_interval=2", OPTION_STREAM_INTERVAL="3 ", OPTION_ENABLE_EXPERT_PARALLEL="true")
     assert found.extra["stream_interval"].value == "2"
-    assert found.extra["stream_interval"].source.kind == "command line"
-    assert found.extra["enable_expert_parallel"].source.location == "OPTION_ENABLE_EXPERT_PARALLEL"
+    assert found.extra["stream_interval"].kind == "command line"
+    assert found.extra["enable_expert_parallel"].location == "OPTION_ENABLE_EXPERT_PARALLEL"
 
 
 def test_strict_options_turn_unknown_names_into_errors() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from handlers.artefacts.mistral import UNLISTED_SPECIAL
+from handlers.artefacts.tekken import UNLISTED_SPECIAL
 
 SPECIAL, VOCAB = 20, 320
 IMG, IMG_BREAK, IMG_END = 10, 12, 13

@@ -138,7 +138,7 @@ def _differing(
     for field in sorted(extra.keys() & given.keys()):
         if ours[field] != extra[field]:
             written, name = configuration.extra[field], given[field]
-            theirs = assigned(f"option.{field}", repr(written.value), written.source.location)
+            theirs = assigned(f"option.{field}", repr(written.value), written.location)
             yield Problem(f"{theirs} and {configuration.assigned(name)} differ, but mean the same: keep one", name)
 
 
@@ -265,7 +265,7 @@ def _extra(configuration: Configuration, fields: _Fields, problems: list[Problem
         if name not in fields:
             continue
         shown = MASK if name in SECRET else repr(written.value[:_LONGEST])
-        option = assigned(f"option.{name}", shown, written.source.location)
+        option = assigned(f"option.{name}", shown, written.location)
         try:
             if name in REFUSED:
                 problems.append(Problem(f"{option}: not to be set here: {REFUSED[name]}"))

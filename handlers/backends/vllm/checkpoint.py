@@ -100,7 +100,7 @@ def _asked_for_mistral(configuration: Configuration) -> dict[str, str]:
     }
     written = configuration.extra.get("config_format")
     if written is not None and written.value.lower() == "mistral":
-        found["config_format"] = written.source.location
+        found["config_format"] = written.location
     return found
 
 

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec.structs import replace
 
+from engine.repetition import Repetition
 from engine.sampling_params import MAX_SEED, SamplingParams
-from engine.sampling_state import Repetition, Warping
+from engine.sampling_state import Warping
 from handlers.backends.vllm.outputs import refused
 from handlers.errors import InvalidParameter
 from handlers.request import Constraint, RequestSampling

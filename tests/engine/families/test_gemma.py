@@ -110,10 +110,7 @@ def test_a_chat_through_the_whole_way(model: tuple[Path, Oracle]) -> None:
         (completed,) = llm.generate(plain, OfflineParams(**greedy), use_tqdm=False)
         if "gemma3" not in path.name:
             earlier = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}, *turn]
-            for wrong, why in (
-                (earlier, "single user message"),
-                ([{"role": "user", "content": "A"}], "an image"),
-            ):
+            for wrong, why in ((earlier, "single user message"), ([{"role": "user", "content": "A"}], "an image")):
                 with pytest.raises(InvalidRequest, match=why):
                     llm.chat(wrong, OfflineParams(**greedy), use_tqdm=False)
     token = SOFT if "gemma3" in path.name else 259

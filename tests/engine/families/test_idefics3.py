@@ -118,7 +118,7 @@ def test_few_tiles_go_through_the_tower_together() -> None:
     shown = [torch.full((count, 3, 8, 5), float(count)) for count in (1, 17, 13, 17)]
     rows = encode_tiles(tower, shown)
     assert max(sizes) == TILES_AT_ONCE
-    assert [tuple(part.shape) for part in rows] == [(ROWS * len(image), 5) for image in shown]
+    assert [tuple(part.shape) for part in rows] == [(len(image), ROWS, 5) for image in shown]
     assert all(bool((part == len(image)).all()) for part, image in zip(rows, shown, strict=True))
 
 

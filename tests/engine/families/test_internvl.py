@@ -121,14 +121,7 @@ def test_pixels_and_tiles_equal_the_processors(pixels: Preprocessor[Any], size: 
 def test_images_are_cut_as_near_to_their_aspect_as_can_be(model: Path) -> None:
     preprocessor = load_preprocessor(str(model))
     assert preprocessor is not None
-    for size, tiles in (
-        ((20, 20), 1),
-        ((60, 60), 5),
-        ((84, 28), 4),
-        ((28, 400), 7),
-        ((100, 66), 7),
-        ((100, 50), 3),
-    ):
+    for size, tiles in (((20, 20), 1), ((60, 60), 5), ((84, 28), 4), ((28, 400), 7), ((100, 66), 7), ((100, 50), 3)):
         assert len(preprocessor.layout(*size).token_ids) == 2 + ROWS * tiles, size
 
 

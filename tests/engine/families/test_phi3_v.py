@@ -17,14 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
-from transformers import (
-    AutoTokenizer,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    Phi3Config,
-    Phi3ForCausalLM,
-    PretrainedConfig,
-)
+from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, Phi3Config, Phi3ForCausalLM, PretrainedConfig
 
 from engine.errors import ModelLoadError
 from engine.families.phi3_v import Phi3VPreprocessor, classes
@@ -256,9 +249,7 @@ def test_two_ranks_give_the_same_tokens(model: Path, oracle: Reference) -> None:
 
 
 @pytest.mark.parametrize(
-    "names",
-    [("vision_embed_tokens.wte",), ("vision_embed_tokens.wte", "embed_tokens")],
-    ids=["other", "both"],
+    "names", [("vision_embed_tokens.wte",), ("vision_embed_tokens.wte", "embed_tokens")], ids=["other", "both"]
 )
 def test_the_embeddings_may_have_either_of_their_names(
     tmp_path: Path, oracle: Reference, names: tuple[str, ...]
@@ -288,13 +279,7 @@ def test_the_code_of_the_checkpoint_is_not_run(make: Callable[[Path], Path], tmp
     stored = json.loads((path / "config.json").read_text())
     stored["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
     (path / "config.json").write_text(json.dumps(stored))
-    for name in (
-        "own",
-        "configuration_phi3_v",
-        "modeling_phi3_v",
-        "image_processing_phi3_v",
-        "processing_phi3_v",
-    ):
+    for name in ("own", "configuration_phi3_v", "modeling_phi3_v", "image_processing_phi3_v", "processing_phi3_v"):
         (path / f"{name}.py").write_text("raise SystemExit('it was run')")
     assert read_config(str(path)).model_type == stored["model_type"]
     load_engine(path)
@@ -357,16 +342,10 @@ def test_the_snippet_of_vllms_page(model: Path, oracle: Reference) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (
-            {"embd_layer": {"hd_transform_order": "glb_sub"}},
-            "hd_transform_order of this Phi-3 Vision is 'glb_sub'",
-        ),
+        ({"embd_layer": {"hd_transform_order": "glb_sub"}}, "hd_transform_order of this Phi-3 Vision is 'glb_sub'"),
         ({"img_processor": {"type_feature": "cls_patch"}}, "'cls_patch'; supported: 'patch'"),
         ({"img_processor": {"image_dim_out": 7}}, "image_dim_out of this Phi-3 Vision is 7"),
-        (
-            {"img_processor": {"layer_idx": -5}},
-            "layer_idx of this Phi-3 Vision is -5, but its tower has 3 layers",
-        ),
+        ({"img_processor": {"layer_idx": -5}}, "layer_idx of this Phi-3 Vision is -5, but its tower has 3 layers"),
         ({"vision_config": {"image_size": 30}}, "not an even number of patches"),
     ],
 )
@@ -383,8 +362,7 @@ def test_what_is_not_served_is_said_before_loading(
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [("{", "cannot be read"), ('{"num_crops": 0}', "num_crops of its image processor is 0")],
+    ("text", "message"), [("{", "cannot be read"), ('{"num_crops": 0}', "num_crops of its image processor is 0")]
 )
 def test_an_image_processor_that_cannot_be_used(tmp_path: Path, text: str, message: str) -> None:
     (make_phi3_v(tmp_path) / "preprocessor_config.json").write_text(text)
@@ -400,13 +378,7 @@ def test_vllm_puts_the_rows_of_tiles_together_alike() -> None:
         "hidden_size": 1024, "num_attention_heads": 16, "num_hidden_layers": 1, "image_size": 336, "patch_size": 14,
     }  # fmt: skip
     configuration, architecture = classes()
-    small = {
-        "vocab_size": 300,
-        "pad_token_id": 0,
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-    }
+    small = {"vocab_size": 300, "pad_token_id": 0, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
     ours: Any = architecture(configuration(vision_config=vision, **small)).model.vision_embed_tokens
     for parameter in (ours.sub_GN, ours.glb_GN):
         torch.nn.init.normal_(parameter)

@@ -15,7 +15,7 @@ from transformers import CLIPImageProcessor, SiglipImageProcessor
 
 from engine.errors import ModelLoadError
 from engine.families.llava import LlavaPreprocessor
-from engine.families.pixels import DirectPixels, recipe_of
+from engine.families.pixels import recipe_of
 from tests.support.models import make_llava
 
 PROCESSORS: dict[str, Any] = {
@@ -41,7 +41,7 @@ def test_pixels_equal_the_processors(name: str, width: int, height: int, seed: i
     recipe = recipe_of(processor, processor.backend)
     assert recipe is not None
     want = np.asarray(processor(images=image, return_tensors="np")["pixel_values"][0])
-    np.testing.assert_array_equal(DirectPixels(recipe)(image), want)
+    np.testing.assert_array_equal(recipe.pixels(image), want)
 
 
 @pytest.mark.parametrize("name", ["clip", "clip without crop", "siglip", "clip without normalising"])
@@ -57,7 +57,7 @@ def test_torchvisions_arithmetic_is_close_to_pillows_on_smooth_images(
     # Where torchvision is installed, the plain name is its own processor.
     pillows = getattr(transformers, f"{type(processor).__name__.removesuffix('Pil')}Pil")(**processor.to_dict())
     recipes = [recipe_of(processor, "torchvision"), recipe_of(pillows, "pil")]
-    got, want = (DirectPixels(recipe)(image) for recipe in recipes if recipe is not None)
+    got, want = (recipe.pixels(image) for recipe in recipes if recipe is not None)
     std = np.array(processor.image_std if processor.do_normalize else [1.0] * 3, np.float32)
     levels = np.abs(got - want) * std[:, None, None] * 255
     assert levels.max() < 3.001

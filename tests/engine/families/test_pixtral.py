@@ -20,14 +20,10 @@ from handlers.backends.embeddings import EmbeddingsWanted
 from handlers.backends.rolling.image_preparer import ImagePreparer
 from handlers.errors import ImageError
 from handlers.request import (
-    ChatPrompt,
     EmbeddingsPart,
-    GenerationRequest,
     ImagePart,
     LoadedEmbeddings,
     LoadedImage,
-    Message,
-    RequestSampling,
 )
 from tests.support.engine_driver import Oracle, Prompt
 from tests.support.exactness import check_random_load, prompts_with
@@ -44,10 +40,11 @@ from tests.support.likeness import (
     sizes,
     text,
 )
-from tests.support.rolling import loaded
 from tests.support.tiny_pixtral import IMG, IMG_BREAK, IMG_END, LONGEST, TEMPLATE, UNIT, inputs, make_pixtral
 
 LENGTH = 400
+
+WANTED = EmbeddingsWanted(hidden_size=64, most_tokens=100, dtype="float32")
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["pixtral", "mistral3"])
@@ -140,24 +137,18 @@ def test_a_chat_through_the_backend(path: Path, oracle: Oracle) -> None:
     check_chat(path, oracle, TEMPLATE, [noise(70, 30), noise(31, 90, 1)])
 
 
-def test_an_image_of_which_nothing_would_be_left_is_refused(path: Path, preprocessor: Preprocessor[Any]) -> None:
+def test_an_image_of_which_nothing_would_be_left_is_refused(preprocessor: Preprocessor[Any]) -> None:
     thin = noise(1, 2 * LONGEST)
     with pytest.raises(RequestRejected, match="too thin"):
         preprocessor.prepare(thin)
 
-    async def scenario() -> None:
-        async with loaded(path) as backend:
-            part = ImagePart("data:", loaded=LoadedImage(thin, b"thin"))
-            request = GenerationRequest("id", ChatPrompt([Message("user", [part])]), RequestSampling())
-            with pytest.raises(ImageError):
-                await backend.generate(request)
-
-    asyncio.run(scenario())
+    preparer = ImagePreparer(preprocessor, ThreadPoolExecutor(1), 0, WANTED)
+    with pytest.raises(ImageError, match="too thin"):
+        asyncio.run(preparer.prepare([ImagePart("data:", loaded=LoadedImage(thin, b"thin"))]))
 
 
 def test_rows_in_place_of_an_image_are_refused(preprocessor: Preprocessor[Any]) -> None:
-    wanted = EmbeddingsWanted(hidden_size=64, most_tokens=100, dtype="float32")
-    preparer = ImagePreparer(preprocessor, ThreadPoolExecutor(1), 0, wanted)
+    preparer = ImagePreparer(preprocessor, ThreadPoolExecutor(1), 0, WANTED)
     rows = LoadedEmbeddings(np.zeros((3, 64), np.float32), 0.0, None, bytes(32))
     with pytest.raises(ImageError, match="takes no image_embeds; send the image itself"):
         asyncio.run(preparer.prepare([EmbeddingsPart("", loaded=rows)]))

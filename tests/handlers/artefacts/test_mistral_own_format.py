@@ -17,14 +17,8 @@ from container.check import describe
 from engine.errors import ModelLoadError
 from handlers import LLM, SamplingParams
 from handlers.artefacts import ArtefactError
-from handlers.artefacts.mistral import (
-    VERSIONS,
-    chat_template,
-    completed,
-    lacks_hub_files,
-    read_tekken,
-    tokenizer_files,
-)
+from handlers.artefacts.mistral import completed, lacks_hub_files
+from handlers.artefacts.tekken import VERSIONS, chat_template, read_tekken, tokenizer_files
 from tests.support.checked import CPU, configure
 from tests.support.engine_driver import Oracle, Prompt, load_engine
 from tests.support.exactness import PromptMaker, check_random_load, prompts_with

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from handlers.errors import ImageError, ImageTooLarge
 from handlers.images import ImageProblem
-from handlers.images.loader import decode_data_url, is_data_url
+from handlers.images.data_url import decode_data_url, is_data_url
 
 DATA = bytes(range(256)) * 3 + b"\xfb\xff\xbf~"
 TEXT = base64.b64encode(DATA).decode()

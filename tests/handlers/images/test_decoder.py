@@ -18,7 +18,7 @@ from PIL import Image
 from handlers.errors import ImageError, ImageTooLarge
 from handlers.images import ImageProblem
 from handlers.images.decoder import FORMATS, convert, decode, prepare_pillow
-from handlers.images.formats import MAX_SCANS
+from handlers.images.jpeg import MAX_SCANS
 from tests.support.image_files import png
 
 LIMIT = 1_000_000

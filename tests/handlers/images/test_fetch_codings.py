@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from handlers.errors import ImageFetchFailed, ImageTooLarge
 from handlers.images import ImageProblem
-from handlers.images.fetch import codings_of, without_codings
+from handlers.images.codings import codings_of, without_codings
 
 LIMIT = 100_000
 

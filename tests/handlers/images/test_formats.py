@@ -16,7 +16,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from handlers.images import MAX_PARTS, ImageProblem
 from handlers.images.decoder import convert, decode
-from handlers.images.formats import MAX_SCANS, MAX_SEGMENTS, without_metadata
+from handlers.images.formats import without_metadata
+from handlers.images.jpeg import MAX_SCANS, MAX_SEGMENTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")
 

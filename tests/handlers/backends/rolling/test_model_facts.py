@@ -16,7 +16,7 @@ from engine.errors import ModelLoadError
 from handlers.backends.rolling.engine_client import EngineProcess
 from handlers.backends.rolling.model_facts import TOKENIZER, ModelQuestion, ask_engine, model_facts
 from handlers.prompts.tokenizer import load_tokenizer
-from tests.support.model_front import _LOAD, HEAVY, ROOT, learned
+from tests.support.model_front import HEAVY, LOAD, ROOT, learned
 from tests.support.models import make_llava
 from tests.support.shapes import SHAPES
 
@@ -28,7 +28,7 @@ def test_the_front_needs_no_torch_and_prepares_the_same() -> None:
 
     from engine.loader import load_preprocessor
 
-    found = learned(SHAPES)
+    found = learned(SHAPES, asks=True)
     assert found["heavy"] == HEAVY
     tokenizer = AutoTokenizer.from_pretrained(SHAPES)
     assert found["ids"] == tokenizer("a red circle").input_ids
@@ -96,7 +96,7 @@ def test_a_model_that_cannot_be_read_is_an_error_with_its_reason(tmp_path: Path)
     with pytest.raises(ModelLoadError, match=r"config\.json"):
         model_facts(ModelQuestion(str(tmp_path / "model"), None, "auto", False), tmp_path)
     done = subprocess.run(
-        [sys.executable, "-c", _LOAD, str(tmp_path / "model")],
+        [sys.executable, "-c", LOAD, str(tmp_path / "model")],
         cwd=ROOT,
         capture_output=True,
         text=True,
