@@ -5,7 +5,7 @@ as much as the product itself: with packed weights, 4 to 16 rows take 0.4 to 0.6
 about 0.8 in float32 on AVX2. Float32 weights that are as exact in float16, as those stored in bfloat16 nearly always
 are, are kept in it and multiplied in float32 (FBGEMM), which reads half the memory. In bfloat16 our own code multiplies
 few rows, where the processor has the instructions (`engine/native/products.c`). Where it is asked for, the weights of a
-decoder become integers of 8 bits, at the price of other answers (`quantize`).
+decoder become integers of 8 bits, at the price of other answers (`quantize`); our own code multiplies few rows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from engine.machine import computes_bfloat16
-from engine.native.library import compiled, multiplies_bfloat16
+from engine.native.library import compiled, multiplies
 
 ROWS = 16
 """Number of rows for which the weights are packed. oneDNN packs for 64 in the same way; for one row it packs
@@ -114,6 +114,42 @@ class Int8Linear(PackedLinear):
         return out.to(rows.dtype).view(*rows.shape[:-1], out.shape[-1])
 
 
+class FewRowsInt8Linear(Int8Linear):
+    """An `Int8Linear` that multiplies few rows by compiled code, which reads oneDNN's own weights."""
+
+    _columns: int
+    _inner: int
+    _address: int
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Map rows [..., in_features] to [..., out_features]."""
+        count = rows.numel() // self._inner
+        library = compiled()
+        if count > FEW_ROWS or library is None:
+            return super().forward(rows)
+        rows = rows.contiguous()
+        rounded = rows.new_empty(count, self._inner, dtype=torch.uint8)
+        scales = rows.new_empty(count, dtype=torch.float32)
+        out = rows.new_empty(*rows.shape[:-1], self._columns)
+        bfloat16 = rows.dtype == torch.bfloat16
+        library.round_rows(rows.data_ptr(), count, self._inner, bfloat16, rounded.data_ptr(), scales.data_ptr())
+        library.multiply_int8(
+            rounded.data_ptr(),
+            scales.data_ptr(),
+            count,
+            self._inner,
+            self._address,
+            self._scales.data_ptr(),
+            self._address + self.weight_bytes,
+            None if self.bias is None else self.bias.data_ptr(),
+            out.data_ptr(),
+            self._columns,
+            bfloat16,
+            torch.get_num_threads(),
+        )
+        return out
+
+
 def packable(weight: torch.Tensor) -> bool:
     """Tell whether a layer with these weights, [out_features, in_features], can be packed here, and whether it pays.
 
@@ -157,26 +193,30 @@ def pack(model: torch.nn.Module) -> None:
         layer.__class__ = HalfLinear if half else PackedLinear
         assert isinstance(layer, PackedLinear)
         layer._packed, layer.weight_bytes = packed, weight.nbytes // (2 if half else 1)
-        if weight.dtype == torch.bfloat16 and multiplies_bfloat16() and _in_blocks(packed, weight):
+        if weight.dtype == torch.bfloat16 and multiplies() and _in_blocks(packed, weight, 2):
             layer.__class__ = FewRowsLinear
             assert isinstance(layer, FewRowsLinear)
             layer._columns, layer._inner = weight.shape
             layer._address = torch.ops.mkldnn.data_ptr(packed)
 
 
-def _in_blocks(packed: Any, weight: torch.Tensor) -> bool:
-    """Tell whether oneDNN has stored bfloat16 weights as `products.c` reads them: [columns / 64, inner / 2, 64, 2].
+def _in_blocks(packed: Any, weight: torch.Tensor, group: int) -> bool:
+    """Tell whether oneDNN has stored weights as `products.c` reads them: [columns / 64, inner / group, 64, group].
 
     That is its own business, and differs with its version, the processor and the size; so the first and the last block
-    are compared.
+    are compared. Weights of 8 bits are followed by the negated sum of each column.
     """
     columns, inner = weight.shape
-    if columns % BLOCK or inner % 2 or torch.ops.mkldnn._nbytes(packed) != weight.nbytes:
+    sums = -weight.sum(1, dtype=torch.int32) if weight.dtype == torch.int8 else torch.empty(0)
+    size = weight.nbytes + sums.nbytes
+    if columns % BLOCK or inner % 16 or torch.ops.mkldnn._nbytes(packed) != size:
         return False
-    memory = (ctypes.c_char * weight.nbytes).from_address(torch.ops.mkldnn.data_ptr(packed))
-    stored = torch.frombuffer(memory, dtype=torch.bfloat16).view(columns // BLOCK, inner // 2, BLOCK, 2)
-    given = weight.view(columns // BLOCK, BLOCK, inner // 2, 2).transpose(1, 2)
-    return all(torch.equal(stored[block], given[block]) for block in (0, -1))
+    memory = (ctypes.c_char * size).from_address(torch.ops.mkldnn.data_ptr(packed))
+    stored = torch.frombuffer(memory, dtype=weight.dtype, count=weight.numel()).view(-1, inner // group, BLOCK, group)
+    given = weight.view(-1, BLOCK, inner // group, group).transpose(1, 2)
+    return all(torch.equal(stored[block], given[block]) for block in (0, -1)) and (
+        not len(sums) or torch.equal(torch.frombuffer(memory, dtype=torch.int32, offset=weight.nbytes), sums)
+    )
 
 
 def most_cheap_rows(*modules: torch.nn.Module) -> int:
@@ -186,7 +226,7 @@ def most_cheap_rows(*modules: torch.nn.Module) -> int:
     millisecond.
     """
     layers = [layer for module in modules for layer in module.modules() if isinstance(layer, torch.nn.Linear)]
-    return FEW_ROWS if all(isinstance(layer, FewRowsLinear) for layer in layers) else 4
+    return FEW_ROWS if all(isinstance(layer, FewRowsLinear | FewRowsInt8Linear) for layer in layers) else 4
 
 
 def quantize(decoder: torch.nn.Module) -> None:
@@ -203,6 +243,12 @@ def quantize(decoder: torch.nn.Module) -> None:
         assert isinstance(layer, Int8Linear)
         layer._packed, layer.weight_bytes = torch.ops.onednn.qlinear_prepack(rounded, None), rounded.nbytes
         layer._scales, layer._zeros = scales[:, 0], torch.zeros(len(scales), dtype=torch.int32)
+        plain = layer.bias is None or layer.bias.dtype == weight.dtype
+        if plain and weight.dtype in _DTYPES and multiplies() and _in_blocks(layer._packed, rounded, 4):
+            layer.__class__ = FewRowsInt8Linear
+            assert isinstance(layer, FewRowsInt8Linear)
+            layer._columns, layer._inner = rounded.shape
+            layer._address = torch.ops.mkldnn.data_ptr(layer._packed)
 
 
 def _scales(matrix: torch.Tensor, greatest: int) -> torch.Tensor:

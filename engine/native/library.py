@@ -58,8 +58,8 @@ def compiled() -> ctypes.CDLL | None:
 
 
 @cache
-def multiplies_bfloat16() -> bool:
-    """Tell whether `multiply_bfloat16` can run here and is faster than oneDNN, which uses AMX where there is AMX."""
+def multiplies() -> bool:
+    """Tell whether `products.c` can run here and is faster than oneDNN, which uses AMX where there is AMX."""
     library = compiled()
     return (
         library is not None
@@ -71,29 +71,20 @@ def multiplies_bfloat16() -> bool:
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
-    library.attend_decodes.restype = None
-    library.attend_decodes.argtypes = (
-        ctypes.POINTER(Cache),
-        ctypes.POINTER(Decodes),
-        c_void_p,
-        c_int64,
-        c_int64,
-        c_void_p,
-        c_float,
-        c_int64,
-        c_float,
-        c_int64,
-    )
-    if hasattr(library, "multiply_bfloat16"):  # on x86 only
-        library.multiply_bfloat16.restype = None
-        library.multiply_bfloat16.argtypes = (
-            c_void_p,
-            c_int64,
-            c_int64,
-            c_void_p,
-            c_void_p,
-            c_void_p,
-            c_int64,
-            c_int64,
-        )
+    functions = {
+        "attend_decodes": (
+            *(ctypes.POINTER(Cache), ctypes.POINTER(Decodes), c_void_p, c_int64, c_int64, c_void_p),
+            *(c_float, c_int64, c_float, c_int64),
+        ),
+        "multiply_bfloat16": (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int64),
+        "round_rows": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p),
+        "multiply_int8": (
+            *(c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
+            *(c_int64, c_int64, c_int64),
+        ),
+    }
+    for name, arguments in functions.items():
+        function = getattr(library, name, None)  # those of products.c are on x86 only
+        if function is not None:
+            function.restype, function.argtypes = None, arguments
     return library

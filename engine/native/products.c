@@ -1,9 +1,12 @@
-// Products of few rows with a matrix of bfloat16, as in the linear layers of a decode step: what oneDNN computes, faster.
+// Products of few rows with a matrix in bfloat16 or 8 bits, as in the linear layers of a decode step: what oneDNN computes,
+// faster.
 //
 // A step of so few rows takes as long as reading the weights, if the processor computes while it reads. oneDNN reads and
 // computes by turns. Here the next part of the weights is fetched while several rows are multiplied by the last one.
 //
-// engine/packed_linear.py calls this where the processor has the instructions, and weights are stored as follows.
+// A group is the 4 bytes of a row that one instruction multiplies: 2 elements in bfloat16, 4 in 8 bits. Weights are stored
+// as oneDNN stores them, [columns / BLOCK, groups, BLOCK, elements of a group]. engine/packed_linear.py checks that, and
+// calls this where the processor has the instructions.
 
 #if defined(__x86_64__)
 
@@ -11,80 +14,159 @@
 #include <stdint.h>
 #include <string.h>
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
-#define BLOCK 64    // columns computed at a time, in four registers a row
-#define TILE_ROWS 6 // rows computed at a time: 24 of 32 registers hold their sums
-#define PAIRS 64    // read at a time: 16 KiB of weights, which stay in the first cache for all rows
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")))
+#define BLOCK 64      // columns computed at a time, in four registers a row
+#define TILE_ROWS 6   // rows computed at a time: 24 of 32 registers hold their sums
+#define GROUPS 64     // read at a time: 16 KiB of weights, which stay in the first cache for all rows
+#define GROUP_BYTES 4 // of a row
 #define MOST_ROWS 64
-#define LINE 64     // bytes of a cache line
+#define LINE 64       // bytes of a cache line
 
-// Add the products of `rows` rows and `pairs` pairs of weights to sums [rows, BLOCK]. A row is `inner` elements after the
-// one before. weights: [pairs, BLOCK, 2]. Before each pair `step` bytes from `ahead` on are fetched into the cache.
-#define DEFINE_TILE(ROWS)                                                                                              \
-    TARGET static void tile_##ROWS(const uint16_t *rows, int64_t inner, const uint16_t *weights, int64_t pairs,        \
-                                   float *sums, const char *ahead, int64_t step) {                                     \
-        __m512 sum[ROWS][4];                                                                                           \
+// Keeps the compiler from combining operations, so that results are bit for bit those of more rows, from oneDNN and torch.
+#define ROUNDED(value) __asm__("" : "+v"(value))
+
+#define MULTIPLY_BFLOAT16(sum, weight, row)                                                                            \
+    _mm512_castps_si512(_mm512_dpbf16_ps(_mm512_castsi512_ps(sum), (__m512bh)(weight), (__m512bh)(row)))
+#define MULTIPLY_INT8(sum, weight, row) _mm512_dpbusd_epi32(sum, row, weight)
+
+// Add the products of ROWS rows and of so many groups of weights to sums [ROWS, BLOCK] of 4 bytes each. A row is `stride`
+// bytes after the one before. Before each group, `step` bytes from `ahead` on are fetched into the cache.
+#define DEFINE_TILE(NAME, ROWS, MULTIPLY)                                                                              \
+    TARGET static void NAME(const char *rows, int64_t stride, const char *weights, int64_t groups, char *sums,         \
+                            const char *ahead, int64_t step) {                                                         \
+        __m512i sum[ROWS][4];                                                                                          \
         _Pragma("GCC unroll 6") for (int r = 0; r < ROWS; r++)                                                         \
-            _Pragma("GCC unroll 4") for (int v = 0; v < 4; v++) sum[r][v] = _mm512_loadu_ps(sums + r * BLOCK + v * 16);\
-        for (int64_t pair = 0; pair < pairs; pair++) {                                                                 \
-            const __m512i *from = (const __m512i *)(weights + pair * BLOCK * 2);                                       \
-            __m512bh weight[4];                                                                                        \
-            _Pragma("GCC unroll 4") for (int v = 0; v < 4; v++) weight[v] = (__m512bh)_mm512_loadu_si512(from + v);    \
+            _Pragma("GCC unroll 4") for (int v = 0; v < 4; v++) sum[r][v] =                                            \
+                _mm512_loadu_si512(sums + (r * 4 + v) * LINE);                                                         \
+        for (int64_t group = 0; group < groups; group++) {                                                             \
+            __m512i weight[4];                                                                                         \
+            _Pragma("GCC unroll 4") for (int v = 0; v < 4; v++) weight[v] =                                            \
+                _mm512_loadu_si512(weights + (group * 4 + v) * LINE);                                                  \
             for (const char *end = ahead + step; ahead < end; ahead += LINE) _mm_prefetch(ahead, _MM_HINT_T0);         \
             _Pragma("GCC unroll 6") for (int r = 0; r < ROWS; r++) {                                                   \
-                int32_t two;                                                                                           \
-                memcpy(&two, rows + r * inner + pair * 2, sizeof two);                                                 \
-                __m512bh row = (__m512bh)_mm512_set1_epi32(two);                                                       \
-                _Pragma("GCC unroll 4") for (int v = 0; v < 4; v++)                                                    \
-                    sum[r][v] = _mm512_dpbf16_ps(sum[r][v], weight[v], row);                                           \
+                int32_t bits;                                                                                          \
+                memcpy(&bits, rows + r * stride + group * GROUP_BYTES, sizeof bits);                                   \
+                const __m512i row = _mm512_set1_epi32(bits);                                                           \
+                _Pragma("GCC unroll 4") for (int v = 0; v < 4; v++) sum[r][v] = MULTIPLY(sum[r][v], weight[v], row);   \
             }                                                                                                          \
         }                                                                                                              \
         _Pragma("GCC unroll 6") for (int r = 0; r < ROWS; r++)                                                         \
-            _Pragma("GCC unroll 4") for (int v = 0; v < 4; v++) _mm512_storeu_ps(sums + r * BLOCK + v * 16, sum[r][v]);\
+            _Pragma("GCC unroll 4") for (int v = 0; v < 4; v++)                                                        \
+                _mm512_storeu_si512(sums + (r * 4 + v) * LINE, sum[r][v]);                                             \
     }
 
-DEFINE_TILE(1)
-DEFINE_TILE(2)
-DEFINE_TILE(3)
-DEFINE_TILE(4)
-DEFINE_TILE(5)
-DEFINE_TILE(6)
+#define DEFINE_TILES(NAME, MULTIPLY)                                                                                   \
+    DEFINE_TILE(NAME##_1, 1, MULTIPLY)                                                                                 \
+    DEFINE_TILE(NAME##_2, 2, MULTIPLY)                                                                                 \
+    DEFINE_TILE(NAME##_3, 3, MULTIPLY)                                                                                 \
+    DEFINE_TILE(NAME##_4, 4, MULTIPLY)                                                                                 \
+    DEFINE_TILE(NAME##_5, 5, MULTIPLY)                                                                                 \
+    DEFINE_TILE(NAME##_6, 6, MULTIPLY)                                                                                 \
+    static Tile *const NAME[] = {0, NAME##_1, NAME##_2, NAME##_3, NAME##_4, NAME##_5, NAME##_6};
 
-static void (*const tiles[])(const uint16_t *, int64_t, const uint16_t *, int64_t, float *, const char *, int64_t) = {
-    0, tile_1, tile_2, tile_3, tile_4, tile_5, tile_6};
+typedef void Tile(const char *, int64_t, const char *, int64_t, char *, const char *, int64_t);
+DEFINE_TILES(bfloat16_tiles, MULTIPLY_BFLOAT16)
+DEFINE_TILES(int8_tiles, MULTIPLY_INT8)
 
-// Compute out [rows, columns] = in [rows, inner] * weights + bias, rounded to bfloat16, on so many threads of torch's pool.
-//
-// rows: at most MOST_ROWS. weights: [columns / BLOCK, inner / 2, BLOCK, 2], as oneDNN stores them. bias: [columns]; may
-// be 0. inner is even, columns a multiple of BLOCK.
-TARGET void multiply_bfloat16(const uint16_t *in, int64_t rows, int64_t inner, const uint16_t *weights,
-                              const uint16_t *bias, uint16_t *out, int64_t columns, int64_t threads) {
+// Compute sums [rows, BLOCK] of a block's columns. rows [rows, groups] and weights [groups, BLOCK] are groups.
+static void sum_block(Tile *const *tiles, const char *in, int64_t rows, int64_t groups, const char *weights, char *sums) {
     const int64_t count = (rows + TILE_ROWS - 1) / TILE_ROWS;
     // The first tiles of a part fetch the next part. A single tile reads in order, which the processor foresees.
     const int64_t step = count >= 4 ? LINE : count >= 2 ? 2 * LINE : 0;
+    memset(sums, 0, rows * BLOCK * 4);
+    for (int64_t group = 0; group < groups; group += GROUPS) {
+        const int64_t some = groups - group < GROUPS ? groups - group : GROUPS;
+        const char *part = weights + group * BLOCK * GROUP_BYTES, *next = part + some * BLOCK * GROUP_BYTES;
+        for (int64_t tile = 0; tile < count; tile++) {
+            const int64_t first = rows * tile / count, height = rows * (tile + 1) / count - first;
+            tiles[height](in + (first * groups + group) * GROUP_BYTES, groups * GROUP_BYTES, part, some,
+                          sums + first * BLOCK * 4, next + tile * some * step, tile < 4 ? step : 0);
+        }
+    }
+}
+
+TARGET static inline __m512 read_bfloat16(const uint16_t *from) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+TARGET static inline void write_bfloat16(uint16_t *to, __m512 values) {
+    _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(values));
+}
+
+// Compute out [rows, columns] = in [rows, inner] * weights + bias [columns], all in bfloat16, on so many threads of torch's
+// pool. rows: at most MOST_ROWS. columns: a multiple of BLOCK. bias may be 0.
+TARGET void multiply_bfloat16(const char *in, int64_t rows, int64_t inner, const char *weights, const uint16_t *bias,
+                              uint16_t *out, int64_t columns, int64_t threads) {
+    const int64_t groups = inner / 2;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t block = 0; block < columns / BLOCK; block++) {
         float sums[MOST_ROWS * BLOCK] __attribute__((aligned(LINE)));
-        memset(sums, 0, rows * BLOCK * sizeof *sums);
-        for (int64_t pair = 0; pair < inner / 2; pair += PAIRS) {
-            const int64_t pairs = inner / 2 - pair < PAIRS ? inner / 2 - pair : PAIRS;
-            const uint16_t *part = weights + (block * inner / 2 + pair) * BLOCK * 2;
-            const char *next = (const char *)(part + pairs * BLOCK * 2);
-            for (int64_t tile = 0; tile < count; tile++) {
-                const int64_t first = rows * tile / count, some = rows * (tile + 1) / count - first;
-                tiles[some](in + first * inner + pair * 2, inner, part, pairs, sums + first * BLOCK,
-                            next + tile * pairs * step, tile < 4 ? step : 0);
-            }
-        }
+        sum_block(bfloat16_tiles, in, rows, groups, weights + block * groups * BLOCK * GROUP_BYTES, (char *)sums);
         for (int64_t row = 0; row < rows; row++)
-            for (int v = 0; v < BLOCK / 16; v++) {
-                const int64_t column = block * BLOCK + v * 16;
-                __m512 sum = _mm512_load_ps(sums + row * BLOCK + v * 16);
-                if (bias) {
-                    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(bias + column)));
-                    sum = _mm512_add_ps(sum, _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)));
-                }
-                _mm256_storeu_si256((__m256i *)(out + row * columns + column), (__m256i)_mm512_cvtneps_pbh(sum));
+            for (int64_t at = 0; at < BLOCK; at += 16) {
+                __m512 sum = _mm512_load_ps(sums + row * BLOCK + at);
+                if (bias) sum = _mm512_add_ps(sum, read_bfloat16(bias + block * BLOCK + at));
+                write_bfloat16(out + row * columns + block * BLOCK + at, sum);
+            }
+    }
+}
+
+// Round each row of in [rows, inner], bfloat16 or float32, to 8 bits: out [rows, inner], in which 128 stands for 0, and
+// scales [rows], by which the row was divided. inner: a multiple of 16.
+TARGET void round_rows(const char *in, int64_t rows, int64_t inner, int64_t bfloat16, uint8_t *out, float *scales) {
+#define READ(at)                                                                                                       \
+    (bfloat16 ? read_bfloat16((const uint16_t *)in + row * inner + (at))                                               \
+              : _mm512_loadu_ps((const float *)in + row * inner + (at)))
+    for (int64_t row = 0; row < rows; row++) {
+        __m512 largest = _mm512_setzero_ps();
+        __mmask16 invalid = 0;
+        for (int64_t at = 0; at < inner; at += 16) {
+            const __m512 values = READ(at);
+            invalid |= _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+            largest = _mm512_max_ps(largest, _mm512_abs_ps(values));
+        }
+        float scale = _mm512_reduce_max_ps(largest) / 127;
+        scale = scale < 0x1p-126f ? 0x1p-126f : scale;
+        const uint32_t nan = 0x7fc00000;
+        if (invalid) memcpy(&scale, &nan, sizeof scale); // so that the whole row becomes NaN
+        scales[row] = scale;
+        for (int64_t at = 0; at < inner; at += 16) {
+            const __m512i rounded = _mm512_cvtps_epi32(_mm512_div_ps(READ(at), _mm512_set1_ps(scale)));
+            const __m512i shifted = _mm512_add_epi32(rounded, _mm512_set1_epi32(128));
+            _mm_storeu_si128((__m128i *)(out + row * inner + at), _mm512_cvtepi32_epi8(shifted));
+        }
+    }
+#undef READ
+}
+
+// Compute out [rows, columns], bfloat16 or float32, from what round_rows gave, as multiply_bfloat16 does.
+//
+// column_scales: [columns]. shifts: [columns]: the sum of a column's weights, negated. bias: [columns] of out's type, or 0.
+TARGET void multiply_int8(const char *in, const float *row_scales, int64_t rows, int64_t inner, const char *weights,
+                          const float *column_scales, const int32_t *shifts, const char *bias, char *out, int64_t columns,
+                          int64_t bfloat16, int64_t threads) {
+    const int64_t groups = inner / 4;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int64_t block = 0; block < columns / BLOCK; block++) {
+        int32_t sums[MOST_ROWS * BLOCK] __attribute__((aligned(LINE)));
+        sum_block(int8_tiles, in, rows, groups, weights + block * groups * BLOCK * GROUP_BYTES, (char *)sums);
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t at = 0; at < BLOCK; at += 16) {
+                const int64_t column = block * BLOCK + at;
+                __m512i sum = _mm512_load_si512(sums + row * BLOCK + at);
+                sum = _mm512_add_epi32(sum, _mm512_slli_epi32(_mm512_loadu_si512(shifts + column), 7));
+                __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_loadu_ps(column_scales + column));
+                ROUNDED(value);
+                value = _mm512_mul_ps(value, _mm512_set1_ps(row_scales[row]));
+                ROUNDED(value);
+                if (bias)
+                    value = _mm512_add_ps(value, bfloat16 ? read_bfloat16((const uint16_t *)bias + column)
+                                                          : _mm512_loadu_ps((const float *)bias + column));
+                if (bfloat16)
+                    write_bfloat16((uint16_t *)out + row * columns + column, value);
+                else
+                    _mm512_storeu_ps((float *)out + row * columns + column, value);
             }
     }
 }

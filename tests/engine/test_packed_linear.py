@@ -11,10 +11,11 @@ from engine.config import EngineConfig
 from engine.errors import ModelLoadError
 from engine.loader import load_model
 from engine.machine import computes_bfloat16
-from engine.native.library import multiplies_bfloat16
+from engine.native.library import multiplies
 from engine.packed_linear import (
     FEW_ROWS,
     SMALLEST,
+    FewRowsInt8Linear,
     FewRowsLinear,
     HalfLinear,
     Int8Linear,
@@ -67,7 +68,7 @@ def test_float32_weights_stored_in_bfloat16_take_half_the_memory_and_are_as_exac
         assert ours < 4 * theirs
 
 
-FEW = pytest.mark.skipif(not multiplies_bfloat16(), reason="needs AVX512-BF16 and a C compiler, and no AMX")
+FEW = pytest.mark.skipif(not multiplies(), reason="needs AVX512-BF16 and a C compiler, and no AMX")
 
 
 @FEW
@@ -133,6 +134,40 @@ def test_weights_that_onednn_stores_otherwise_are_left_to_it(size: tuple[int, in
     several = torch.cat([data] * 20)  # more rows than products.c takes
     with torch.inference_mode():
         torch.testing.assert_close(layer(data), layer(several)[:5])
+
+
+@FEW
+@torch.inference_mode()
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_rows_in_8_bits_become_what_onednn_makes_of_them(dtype: torch.dtype, bias: bool, threads: int) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(1088, 256, bias, dtype=dtype)
+    quantize(torch.nn.Sequential(layer))
+    assert isinstance(layer, FewRowsInt8Linear)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for rows in (0, *range(1, 20), FEW_ROWS - 1, FEW_ROWS):
+            data = torch.randn(rows, 1088).to(dtype) * 10
+            data[1:2] = 0
+            assert torch.equal(layer(data), Int8Linear.forward(layer, data))
+    finally:
+        torch.set_num_threads(before)
+
+
+@FEW
+@torch.inference_mode()
+def test_nan_and_infinity_in_a_row_of_8_bits_stay_in_it() -> None:
+    layer = torch.nn.Linear(512, 256)
+    quantize(torch.nn.Sequential(layer))
+    data = torch.randn(3, 512)
+    expected = layer(data)[2]
+    data[0, 7], data[1, 500] = float("nan"), float("inf")
+    out = layer(data)
+    assert not out[:2].isfinite().any()
+    assert torch.equal(out[2], expected)
 
 
 def test_weights_that_float16_does_not_hold_stay_in_float32() -> None:
