@@ -134,16 +134,15 @@ class Ours:
     """The embedded engine as the server configures it, with the same options."""
 
     def __init__(self, folder: Path, options: Sequence[str]) -> None:
-        from engine.machine import keep_freed_memory, usable_cores
+        from engine.machine import keep_freed_memory
+        from engine.process import limit_spinning, use_cores
 
-        if usable_cores() == 2:
-            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the engine's own process
+        limit_spinning()
         import torch
 
         from engine.engine import Engine
         from engine.executor import threads_for
         from engine.loader import load_preprocessor
-        from engine.process import use_cores
         from handlers.backends.rolling.plan import plan_engines
         from handlers.offline.options import configure
         from handlers.prompts.tokenizer import load_tokenizer

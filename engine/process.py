@@ -183,15 +183,23 @@ def _read_all(channel: Channel, inbox: queue.SimpleQueue[ToEngine | Built | None
         inbox.put(None)
 
 
+def limit_spinning() -> None:
+    """Let threads that wait for each other sleep soon on two cores, both of which the engine uses.
+
+    If the front end or another program has taken a core, a thread that spins keeps the one it waits for from running.
+    libgomp reads the setting once, when torch is imported.
+    """
+    if usable_cores() == 2 and "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault(SPIN_COUNT, SPINS)
+
+
 def _import_engine() -> None:
     """Import the engine, which takes seconds.
 
-    What is imported stays, so the garbage collector need not search it, now or later: that would take a fifth
-    of the time. On two cores, both of which the engine uses, threads that wait for each other must sleep before long:
-    where the front end or another program has taken a core, one that spins keeps the one it waits for from running.
+    What is imported stays, so the garbage collector need not search it, now or later: that would take a fifth of the
+    time.
     """
-    if usable_cores() == 2 and "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault(SPIN_COUNT, SPINS)  # read once, when torch is imported
+    limit_spinning()
     gc.disable()
     import engine.engine  # noqa: F401
 
