@@ -40,11 +40,13 @@ $(BIN)/python:
 # The stamps: installed again only when what to install has changed.
 $(VENV)/installed-base: pyproject.toml constraints.txt $(wildcard engine/native/*.c) | $(BIN)/python
 	@echo "Installing into $(VENV) (a minute or two the first time) ..."
+	rm -f engine/native/*.so  # a running server keeps the one that it has loaded
 	$(PIP) -c constraints.txt -e .
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml constraints.txt $(wildcard engine/native/*.c) | $(BIN)/python
 	@echo "Installing into $(VENV) with the development tools (a minute or two the first time) ..."
+	rm -f engine/native/*.so
 	$(PIP) -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/installed-base
 

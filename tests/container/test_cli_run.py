@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -23,8 +24,9 @@ import pytest
 from container.access import Keys
 from container.cli import main
 from container.flags import FlagError, read_flags
-from engine.errors import ModelLoadError
-from handlers.backends.rolling.model_front import ModelFront
+from handlers.backends.rolling.engine import RollingEngine
+from handlers.errors import Unavailable
+from handlers.offline.options import configure
 from properties.configuration import resolve
 from properties.settings import Settings
 from tests.support.live import LiveServer, message
@@ -324,8 +326,9 @@ def test_what_the_model_contradicts_is_an_error_with_both_values(capsys: pytest.
 
 
 def test_such_a_model_is_not_loaded() -> None:
-    with pytest.raises(ModelLoadError, match=r"option\.image_token_id is 5, but the model's is 3"):
-        ModelFront.load(Settings(image_token_id=5), str(SHAPES))
+    configuration = configure(str(SHAPES), {"image_token_id": 5})
+    with pytest.raises(Unavailable, match=r"option\.image_token_id is 5, but the model's is 3"):
+        asyncio.run(RollingEngine.start(configuration, SHAPES))
 
 
 KEY, OTHER_KEY = "sk-first-secret", "sk-second-secret"

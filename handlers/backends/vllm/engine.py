@@ -166,6 +166,7 @@ class VllmEngine:
         tokenizer, parsers = await in_thread(_read_answers, settings, path)
         names = {*configuration.accepted_names, *_ANY_MODEL} if settings.enable_lora else None
         adapters = VllmAdapters(vllm, *builder.adapters, lambda: supervisor.serving, names)
+        undo.callback(adapters.close)
 
         async def prepare(engine: Any) -> None:
             await engine.reset_mm_cache()  # vLLM's profiling leaves dummy images there

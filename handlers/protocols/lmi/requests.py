@@ -115,7 +115,7 @@ _SHOWN = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens", "logpr
 _FIELDS: Mapping[str, str] = {
     name: f"parameters.{_SHOWN.get(name, name)}" for name in RequestSampling.__struct_fields__
 } | {"stop": "parameters.stop_sequences"}
-"""A field of RequestSampling -> what the client calls it."""
+"""A field of RequestSampling -> what LMI calls it."""
 
 _WITHOUT_EFFECT = frozenset(
     {"watermark", "length_penalty", "early_stopping", "num_beams", "spaces_between_special_tokens"}
@@ -166,7 +166,7 @@ def read_lmi(body: dict[str, Any], server: ServerContext, incoming: Incoming, ad
         for i, text in enumerate(prompts)
     ]
     writer = _writer(asked, prompts, parameters, requests, server, incoming)
-    return Task(requests, writer, misspelt, _FIELDS)
+    return Task(requests, writer, misspelt, _names(parameters))
 
 
 def _writer(
@@ -288,7 +288,14 @@ def _read_sampling(
         asked["max_tokens"] = parameters.max_new_tokens
     if parameters.min_new_tokens is not None:
         asked["min_tokens"] = parameters.min_new_tokens
-    return sampling_params(asked, {**defaults, "max_tokens": DEFAULT_NEW_TOKENS}, _FIELDS)
+    return sampling_params(asked, {**defaults, "max_tokens": DEFAULT_NEW_TOKENS}, _names(parameters))
+
+
+def _names(parameters: LmiParameters) -> Mapping[str, str]:
+    """Return for each field of RequestSampling what the client calls it: vLLM's names are taken beside LMI's."""
+    lmi_names = {"max_tokens": parameters.max_new_tokens, "min_tokens": parameters.min_new_tokens}
+    others = [name for name, value in lmi_names.items() if value is None and getattr(parameters, name) is not None]
+    return {**_FIELDS, **{name: f"parameters.{name}" for name in others}}
 
 
 def _constraint_of(given: dict[str, Any]) -> Constraint | None:

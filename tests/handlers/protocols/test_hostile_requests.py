@@ -213,7 +213,16 @@ _LMI_LEAST, _LMI_MOST = "parameters.min_new_tokens", "parameters.max_new_tokens"
             _LMI_LEAST,
             f"is 9; allowed: at most {_LMI_MOST}, which is 8",
         ),
-        (lmi(min_tokens=9, max_tokens=8), _LMI_LEAST, f"is 9; allowed: at most {_LMI_MOST}, which is 8"),
+        (
+            lmi(min_tokens=9, max_tokens=8),
+            "parameters.min_tokens",
+            "is 9; allowed: at most parameters.max_tokens, which is 8",
+        ),
+        (
+            lmi(min_tokens=9, max_new_tokens=8),
+            "parameters.min_tokens",
+            f"is 9; allowed: at most {_LMI_MOST}, which is 8",
+        ),
         (
             lmi(min_new_tokens=31),
             _LMI_LEAST,
