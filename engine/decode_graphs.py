@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
-from engine.attention.kernel import AttentionKernel, PackedStep, StaticStep
+from engine.attention.kernel import AttentionKernel, PackedStep, StaticKernel, StaticStep
 from engine.commands import ChunkInput
 from engine.config import EngineConfig
 from engine.families.base import FamilyModel
@@ -62,7 +62,7 @@ class DecodeGraphs:
         replays: Number of rows -> function that computes that many rows of the buffers. Longer steps run eagerly.
     """
 
-    def __init__(self, model: FamilyModel, kernel: AttentionKernel, *, max_num_seqs: int, max_model_len: int) -> None:
+    def __init__(self, model: FamilyModel, kernel: StaticKernel, *, max_num_seqs: int, max_model_len: int) -> None:
         """Create the buffers.
 
         Args:

@@ -57,18 +57,23 @@ class PackedLinear(torch.nn.Linear):
 
 
 class FewRowsLinear(PackedLinear):
-    """A packed linear layer in bfloat16 that multiplies few rows by compiled code, which reads oneDNN's own weights."""
+    """A packed linear layer in bfloat16 that multiplies few rows by compiled code, which reads oneDNN's own weights.
+
+    It adds in oneDNN's order, so that what a row becomes does not depend on the number of rows.
+    """
 
     _columns: int
     _inner: int
     _address: int
+    _part: int
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Map rows [..., in_features] to [..., out_features]."""
         count = rows.numel() // self._inner
-        library = compiled()
-        if count > FEW_ROWS or library is None:
+        if count > FEW_ROWS:
             return super().forward(rows)
+        library = compiled()
+        assert library is not None
         rows = rows.contiguous()
         out = rows.new_empty(*rows.shape[:-1], self._columns)
         library.multiply_bfloat16(
@@ -79,9 +84,23 @@ class FewRowsLinear(PackedLinear):
             None if self.bias is None else self.bias.data_ptr(),
             out.data_ptr(),
             self._columns,
+            self._part,
             torch.get_num_threads(),
         )
         return out
+
+    def find_part(self) -> None:
+        """Find how many products oneDNN adds up at a time, which it chooses by the size of the layer.
+
+        If no number gives its results, those of few rows are rounded as well, but some differ in the last bit.
+        """
+        rows = torch.randn(FEW_ROWS, self._inner, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+        with torch.inference_mode():
+            expected = super().forward(rows)
+            for part in (512, 1024, 256, 2048, -(-self._inner // 512) * 512):
+                self._part = part
+                if torch.equal(self(rows), expected):
+                    return
 
 
 class HalfLinear(PackedLinear):
@@ -124,9 +143,10 @@ class FewRowsInt8Linear(Int8Linear):
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Map rows [..., in_features] to [..., out_features]."""
         count = rows.numel() // self._inner
-        library = compiled()
-        if count > FEW_ROWS or library is None:
+        if count > FEW_ROWS:
             return super().forward(rows)
+        library = compiled()
+        assert library is not None
         rows = rows.contiguous()
         rounded = rows.new_empty(count, self._inner, dtype=torch.uint8)
         scales = rows.new_empty(count, dtype=torch.float32)
@@ -198,6 +218,7 @@ def pack(model: torch.nn.Module) -> None:
             assert isinstance(layer, FewRowsLinear)
             layer._columns, layer._inner = weight.shape
             layer._address = torch.ops.mkldnn.data_ptr(packed)
+            layer.find_part()
 
 
 def _in_blocks(packed: Any, weight: torch.Tensor, group: int) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from engine.attention.kernel import CacheShape, PackedStep
+from engine.attention.kernel import CacheShape, PackedStep, StaticKernel
 from engine.attention.select import choose_kernel
 from engine.commands import ChunkInput, Command, Encode, Run, Scrub, Trim
 from engine.config import EngineConfig
@@ -85,6 +85,7 @@ class ModelRunner:
         self.kernel = kernel(replace(shape, num_blocks=self.num_blocks + graphs))
         self.graphs: DecodeGraphs | None = None
         if graphs:
+            assert isinstance(self.kernel, StaticKernel)
             self.graphs = DecodeGraphs(
                 model, self.kernel, max_num_seqs=config.max_num_seqs, max_model_len=self.max_model_len
             )
@@ -150,7 +151,9 @@ class ModelRunner:
                 prompts[index] = range(start, start + chunk.length)
         padded = samples + samples[:1] * self._padding(len(samples))
         spans = list(accumulate(map(len, prompts.values()), initial=len(padded)))
-        rows = torch.tensor([*padded, *chain.from_iterable(prompts.values())], dtype=torch.long, device=self.device)
+        wanted = [*padded, *chain.from_iterable(prompts.values())]
+        wanted += wanted[:1] * self._padding(len(wanted))
+        rows = torch.tensor(wanted, dtype=torch.long, device=self.device)
         if self.graphs is not None and self.graphs.take(ordered):
             hidden = self.graphs.run(ordered, step, token_ids, positions)[rows]
         else:

@@ -16,7 +16,7 @@ import torch
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from engine.attention.kernel import AttentionKernel, CacheShape, PackedStep, StaticStep
+from engine.attention.kernel import CacheShape, PackedStep, StaticKernel, StaticStep
 
 _QUERIES = 64
 """Number of queries whose scores are computed at a time, where they are stored."""
@@ -71,7 +71,7 @@ def cap_scores(scores: torch.Tensor, cap: float, *, exact: bool) -> None:
         scores.mul_(2 / cap).sigmoid_().mul_(2 * cap).sub_(cap)
 
 
-class GatherKernel(AttentionKernel):
+class GatherKernel(StaticKernel):
     """Cache layout: [layers, kv_heads, blocks, block_size * head_dim].
 
     A gather of blocks is thus already the [kv_heads, batch, context, head_dim] that the batched matmul needs.

@@ -125,8 +125,8 @@ class AttentionKernel(ABC):
         name: Name in the configuration and the log.
         block_multiple: The cache's block size must be a multiple of this.
         special: Whether the kernel supports models with `CacheShape.special`.
-        capturable: Whether CUDA graphs of decode steps pay: the kernel has `begin_static`, and reads no more of the
-            cache than the sequences hold, although tables are as wide as for the longest.
+        capturable: Whether CUDA graphs of decode steps pay: it is a `StaticKernel`, and reads no more of the cache than
+            the sequences hold, although tables are as wide as for the longest.
         capturable_windows: Whether that holds for layers with windows or score caps, too.
     """
 
@@ -151,10 +151,6 @@ class AttentionKernel(ABC):
     @abstractmethod
     def begin(self, step: PackedStep) -> None:
         """Do the work shared by all layers, such as building index tensors."""
-
-    def begin_static(self, step: StaticStep) -> None:
-        """Do the same for a step whose sizes are those of its tensors, without reading their values on the CPU."""
-        raise NotImplementedError(f"the attention kernel {self.name} has no static steps")
 
     @abstractmethod
     def attend(
@@ -186,3 +182,11 @@ class AttentionKernel(ABC):
     @abstractmethod
     def scrub(self, blocks: list[int]) -> None:
         """Zero the blocks, so that NaN left there by a request does not reach the padding of the next owner."""
+
+
+class StaticKernel(AttentionKernel):
+    """A kernel that also computes static steps."""
+
+    @abstractmethod
+    def begin_static(self, step: StaticStep) -> None:
+        """Do what `begin` does, without reading the values of the step's tensors on the CPU."""

@@ -10,7 +10,7 @@ from torch.nn.attention import current_flash_attention_impl
 from torch.nn.attention.varlen import varlen_attn
 
 from engine.attention.gather import padded_tables
-from engine.attention.kernel import AttentionKernel, CacheShape, PackedStep, StaticStep
+from engine.attention.kernel import CacheShape, PackedStep, StaticKernel, StaticStep
 
 MAX_HEAD_DIM = 256
 
@@ -28,7 +28,7 @@ class _Index:
     max_context: int
 
 
-class VarlenKernel(AttentionKernel):
+class VarlenKernel(StaticKernel):
     """Cache layout: [layers, blocks, block_size, kv_heads, head_dim], as FlashAttention's paged mode needs it.
 
     FlashAttention 2 (included in torch) requires pages whose size is a multiple of 256 and head sizes that

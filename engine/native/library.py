@@ -45,7 +45,7 @@ def compiled() -> ctypes.CDLL | None:
     spec = find_spec("engine.native._native")
     x86 = platform.machine() == "x86_64"
     if spec is None or spec.origin is None:
-        problem = "there was no C compiler when this was installed"
+        problem = "there was no C compiler that could build it when this was installed"
     elif x86 and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         problem = "the processor has no AVX2"
     else:
@@ -76,7 +76,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
             *(ctypes.POINTER(Cache), ctypes.POINTER(Decodes), c_void_p, c_int64, c_int64, c_void_p),
             *(c_float, c_int64, c_float, c_int64),
         ),
-        "multiply_bfloat16": (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int64),
+        "multiply_bfloat16": (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64),
         "round_rows": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p),
         "multiply_int8": (
             *(c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
@@ -84,7 +84,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         ),
     }
     for name, arguments in functions.items():
-        function = getattr(library, name, None)  # those of products.c are on x86 only
+        function = getattr(library, name, None)  # those of products.c need x86 and gcc 10
         if function is not None:
             function.restype, function.argtypes = None, arguments
     return library

@@ -8,7 +8,7 @@
 // as oneDNN stores them, [columns / BLOCK, groups, BLOCK, elements of a group]. engine/packed_linear.py checks that, and
 // calls this where the processor has the instructions.
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
 
 #include <immintrin.h>
 #include <stdint.h>
@@ -22,7 +22,7 @@
 #define MOST_ROWS 64
 #define LINE 64       // bytes of a cache line
 
-// Keeps the compiler from combining operations, so that results are bit for bit those of more rows, from oneDNN and torch.
+// Keeps the compiler from combining operations: results in 8 bits are bit for bit those of more rows, from oneDNN and torch.
 #define ROUNDED(value) __asm__("" : "+v"(value))
 
 #define MULTIPLY_BFLOAT16(sum, weight, row)                                                                            \
@@ -68,19 +68,22 @@ typedef void Tile(const char *, int64_t, const char *, int64_t, char *, const ch
 DEFINE_TILES(bfloat16_tiles, MULTIPLY_BFLOAT16)
 DEFINE_TILES(int8_tiles, MULTIPLY_INT8)
 
-// Compute sums [rows, BLOCK] of a block's columns. rows [rows, groups] and weights [groups, BLOCK] are groups.
-static void sum_block(Tile *const *tiles, const char *in, int64_t rows, int64_t groups, const char *weights, char *sums) {
+// Compute sums [rows, BLOCK] of a block's columns over groups [first, last). rows [rows, groups] and weights [groups, BLOCK]
+// are groups.
+static void sum_groups(Tile *const *tiles, const char *in, int64_t rows, int64_t groups, int64_t first, int64_t last,
+                       const char *weights, char *sums) {
     const int64_t count = (rows + TILE_ROWS - 1) / TILE_ROWS;
-    // The first tiles of a part fetch the next part. A single tile reads in order, which the processor foresees.
+    // The first tiles fetch what is read next. A single tile reads in order, which the processor foresees.
     const int64_t step = count >= 4 ? LINE : count >= 2 ? 2 * LINE : 0;
+    last = last < groups ? last : groups;
     memset(sums, 0, rows * BLOCK * 4);
-    for (int64_t group = 0; group < groups; group += GROUPS) {
-        const int64_t some = groups - group < GROUPS ? groups - group : GROUPS;
-        const char *part = weights + group * BLOCK * GROUP_BYTES, *next = part + some * BLOCK * GROUP_BYTES;
+    for (int64_t group = first; group < last; group += GROUPS) {
+        const int64_t some = last - group < GROUPS ? last - group : GROUPS;
+        const char *read = weights + group * BLOCK * GROUP_BYTES, *next = read + some * BLOCK * GROUP_BYTES;
         for (int64_t tile = 0; tile < count; tile++) {
-            const int64_t first = rows * tile / count, height = rows * (tile + 1) / count - first;
-            tiles[height](in + (first * groups + group) * GROUP_BYTES, groups * GROUP_BYTES, part, some,
-                          sums + first * BLOCK * 4, next + tile * some * step, tile < 4 ? step : 0);
+            const int64_t top = rows * tile / count, height = rows * (tile + 1) / count - top;
+            tiles[height](in + (top * groups + group) * GROUP_BYTES, groups * GROUP_BYTES, read, some,
+                          sums + top * BLOCK * 4, next + tile * some * step, tile < 4 ? step : 0);
         }
     }
 }
@@ -96,13 +99,22 @@ TARGET static inline void write_bfloat16(uint16_t *to, __m512 values) {
 
 // Compute out [rows, columns] = in [rows, inner] * weights + bias [columns], all in bfloat16, on so many threads of torch's
 // pool. rows: at most MOST_ROWS. columns: a multiple of BLOCK. bias may be 0.
+//
+// part: the products of so many elements are added up before they are added to the sum, which decides how it is rounded. A
+// multiple of 2 * GROUPS.
 TARGET void multiply_bfloat16(const char *in, int64_t rows, int64_t inner, const char *weights, const uint16_t *bias,
-                              uint16_t *out, int64_t columns, int64_t threads) {
+                              uint16_t *out, int64_t columns, int64_t part, int64_t threads) {
     const int64_t groups = inner / 2;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t block = 0; block < columns / BLOCK; block++) {
-        float sums[MOST_ROWS * BLOCK] __attribute__((aligned(LINE)));
-        sum_block(bfloat16_tiles, in, rows, groups, weights + block * groups * BLOCK * GROUP_BYTES, (char *)sums);
+        float sums[MOST_ROWS * BLOCK] __attribute__((aligned(LINE))), parts[MOST_ROWS * BLOCK] __attribute__((aligned(LINE)));
+        const char *from = weights + block * groups * BLOCK * GROUP_BYTES;
+        sum_groups(bfloat16_tiles, in, rows, groups, 0, part / 2, from, (char *)sums);
+        for (int64_t group = part / 2; group < groups; group += part / 2) {
+            sum_groups(bfloat16_tiles, in, rows, groups, group, group + part / 2, from, (char *)parts);
+            for (int64_t at = 0; at < rows * BLOCK; at += 16)
+                _mm512_store_ps(sums + at, _mm512_add_ps(_mm512_load_ps(sums + at), _mm512_load_ps(parts + at)));
+        }
         for (int64_t row = 0; row < rows; row++)
             for (int64_t at = 0; at < BLOCK; at += 16) {
                 __m512 sum = _mm512_load_ps(sums + row * BLOCK + at);
@@ -150,7 +162,7 @@ TARGET void multiply_int8(const char *in, const float *row_scales, int64_t rows,
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t block = 0; block < columns / BLOCK; block++) {
         int32_t sums[MOST_ROWS * BLOCK] __attribute__((aligned(LINE)));
-        sum_block(int8_tiles, in, rows, groups, weights + block * groups * BLOCK * GROUP_BYTES, (char *)sums);
+        sum_groups(int8_tiles, in, rows, groups, 0, groups, weights + block * groups * BLOCK * GROUP_BYTES, (char *)sums);
         for (int64_t row = 0; row < rows; row++)
             for (int64_t at = 0; at < BLOCK; at += 16) {
                 const int64_t column = block * BLOCK + at;

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Coroutine
+from collections.abc import Collection, Coroutine
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+END_SECONDS = 10.0
+"""How long what still runs at the end may take to clean up."""
 
 
 class LoopThread:
@@ -58,7 +62,13 @@ class LoopThread:
             self._loop.run_forever()
             tasks = asyncio.all_tasks(self._loop)
             for task in tasks:
-                task.cancel()
-            self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+                if not task.cancelling():  # one that has been interrupted may be ending an engine that it has started
+                    task.cancel()
+            self._loop.run_until_complete(_ended(tasks))
         finally:
             self._loop.close()
+
+
+async def _ended(tasks: Collection[asyncio.Task[Any]]) -> None:
+    with suppress(TimeoutError):
+        await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), END_SECONDS)

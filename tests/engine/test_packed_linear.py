@@ -99,14 +99,15 @@ def test_few_rows_in_bfloat16_are_as_exact_as_rounding_allows(
 
 @FEW
 @torch.inference_mode()
-def test_a_row_in_bfloat16_does_not_depend_on_the_rows_beside_it() -> None:
+@pytest.mark.parametrize("inner", [512, 1024, 3072, 4864])
+def test_a_row_in_bfloat16_does_not_depend_on_the_rows_beside_it(inner: int) -> None:
     torch.manual_seed(0)
-    layer = torch.nn.Linear(512, 1024, dtype=torch.bfloat16)
+    layer = torch.nn.Linear(inner, 1024, dtype=torch.bfloat16)
     pack(torch.nn.Sequential(layer))
-    data = torch.randn(FEW_ROWS, 512, dtype=torch.bfloat16)
-    alone = torch.cat([layer(row[None]) for row in data])
-    for rows in (2, 7, 16, FEW_ROWS):
-        assert torch.equal(layer(data[:rows]), alone[:rows])
+    data = torch.randn(4 * FEW_ROWS, inner, dtype=torch.bfloat16)
+    many = layer(data)
+    for rows in (1, 2, 7, 16, FEW_ROWS, FEW_ROWS + 1):
+        assert torch.equal(layer(data[:rows]), many[:rows])
 
 
 @FEW

@@ -16,7 +16,7 @@ from tests.support.live import free_port
 
 
 @pytest.fixture(scope="module")
-def server(image: str, models: Path) -> Iterator[Container]:  # noqa: F811
+def container(image: str, models: Path) -> Iterator[Container]:  # noqa: F811
     """Has memory for two models."""
     models.chmod(0o755)
     environ = {
@@ -33,14 +33,14 @@ def server(image: str, models: Path) -> Iterator[Container]:  # noqa: F811
 
 
 def test_a_model_that_the_user_may_not_read_is_the_callers_mistake(
-    server: Container,
+    container: Container,
     models: Path,  # noqa: F811
 ) -> None:
     asked = {"model_name": "locked", "url": str(models / "hash1" / "model")}
     for secret in (models, models / "hash1" / "model"):
         secret.chmod(0o700)
-        reply = server.http.post("/models", json=asked)
+        reply = container.http.post("/models", json=asked)
         secret.chmod(0o755)
         assert reply.status_code == 400, reply.text
         assert "Permission denied; let user 10001 read " in reply.json()["message"]
-    assert server.http.get("/models").json()["models"] == []
+    assert container.http.get("/models").json()["models"] == []
