@@ -11,6 +11,7 @@ decoder become integers of 8 bits, at the price of other answers (`quantize`); o
 from __future__ import annotations
 
 import ctypes
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -56,16 +57,20 @@ class PackedLinear(torch.nn.Linear):
         return out
 
 
-class FewRowsLinear(PackedLinear):
-    """A packed linear layer in bfloat16 that multiplies few rows by compiled code, which reads oneDNN's own weights.
+class FewRows(PackedLinear):
+    """A packed linear layer that multiplies few rows by compiled code, which reads oneDNN's own weights.
 
-    It adds in oneDNN's order, so that what a row becomes does not depend on the number of rows.
+    What a row becomes does not depend on the number of rows, above which oneDNN multiplies them.
     """
 
     _columns: int
     _inner: int
     _address: int
-    _part: int
+
+    def read(self, shape: torch.Size) -> None:
+        """Read the packed weights, of this shape before they were packed, in oneDNN's memory."""
+        self._columns, self._inner = shape
+        self._address = torch.ops.mkldnn.data_ptr(self._packed)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Map rows [..., in_features] to [..., out_features]."""
@@ -74,8 +79,39 @@ class FewRowsLinear(PackedLinear):
             return super().forward(rows)
         library = compiled()
         assert library is not None
-        rows = rows.contiguous()
         out = rows.new_empty(*rows.shape[:-1], self._columns)
+        self._multiply(library, rows.contiguous(), count, out)
+        return out
+
+    @abstractmethod
+    def _multiply(self, library: ctypes.CDLL, rows: torch.Tensor, count: int, out: torch.Tensor) -> None:
+        """Multiply so many rows, which are contiguous."""
+
+
+class FewRowsLinear(FewRows):
+    """`FewRows` in bfloat16. It adds in oneDNN's order.
+
+    Attributes:
+        part: How many products oneDNN adds up at a time, which it chooses by the size of the layer.
+    """
+
+    part: int
+
+    def find_part(self) -> int:
+        """Set `part` and return it.
+
+        If no number gives oneDNN's results, those of few rows are rounded as well, but some differ in the last bit.
+        """
+        rows = torch.randn(FEW_ROWS, self._inner, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+        with torch.inference_mode():
+            expected = PackedLinear.forward(self, rows)
+            for part in (512, 1024, 256, 2048, -(-self._inner // 512) * 512):
+                self.part = part
+                if torch.equal(self(rows), expected):
+                    break
+        return self.part
+
+    def _multiply(self, library: ctypes.CDLL, rows: torch.Tensor, count: int, out: torch.Tensor) -> None:
         library.multiply_bfloat16(
             rows.data_ptr(),
             count,
@@ -84,23 +120,9 @@ class FewRowsLinear(PackedLinear):
             None if self.bias is None else self.bias.data_ptr(),
             out.data_ptr(),
             self._columns,
-            self._part,
+            self.part,
             torch.get_num_threads(),
         )
-        return out
-
-    def find_part(self) -> None:
-        """Find how many products oneDNN adds up at a time, which it chooses by the size of the layer.
-
-        If no number gives its results, those of few rows are rounded as well, but some differ in the last bit.
-        """
-        rows = torch.randn(FEW_ROWS, self._inner, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-        with torch.inference_mode():
-            expected = super().forward(rows)
-            for part in (512, 1024, 256, 2048, -(-self._inner // 512) * 512):
-                self._part = part
-                if torch.equal(self(rows), expected):
-                    return
 
 
 class HalfLinear(PackedLinear):
@@ -133,24 +155,12 @@ class Int8Linear(PackedLinear):
         return out.to(rows.dtype).view(*rows.shape[:-1], out.shape[-1])
 
 
-class FewRowsInt8Linear(Int8Linear):
-    """An `Int8Linear` that multiplies few rows by compiled code, which reads oneDNN's own weights."""
+class FewRowsInt8Linear(FewRows, Int8Linear):
+    """`FewRows` in 8 bits."""
 
-    _columns: int
-    _inner: int
-    _address: int
-
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """Map rows [..., in_features] to [..., out_features]."""
-        count = rows.numel() // self._inner
-        if count > FEW_ROWS:
-            return super().forward(rows)
-        library = compiled()
-        assert library is not None
-        rows = rows.contiguous()
+    def _multiply(self, library: ctypes.CDLL, rows: torch.Tensor, count: int, out: torch.Tensor) -> None:
         rounded = rows.new_empty(count, self._inner, dtype=torch.uint8)
         scales = rows.new_empty(count, dtype=torch.float32)
-        out = rows.new_empty(*rows.shape[:-1], self._columns)
         bfloat16 = rows.dtype == torch.bfloat16
         library.round_rows(rows.data_ptr(), count, self._inner, bfloat16, rounded.data_ptr(), scales.data_ptr())
         library.multiply_int8(
@@ -167,7 +177,6 @@ class FewRowsInt8Linear(Int8Linear):
             bfloat16,
             torch.get_num_threads(),
         )
-        return out
 
 
 def packable(weight: torch.Tensor) -> bool:
@@ -199,6 +208,7 @@ def pack(model: torch.nn.Module) -> None:
     """
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return
+    parts: dict[torch.Size, int] = {}
     fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
     for layer in model.modules():
         if type(layer) is not torch.nn.Linear or not packable(layer.weight):
@@ -216,9 +226,8 @@ def pack(model: torch.nn.Module) -> None:
         if weight.dtype == torch.bfloat16 and multiplies() and _in_blocks(packed, weight, 2):
             layer.__class__ = FewRowsLinear
             assert isinstance(layer, FewRowsLinear)
-            layer._columns, layer._inner = weight.shape
-            layer._address = torch.ops.mkldnn.data_ptr(packed)
-            layer.find_part()
+            layer.read(weight.shape)
+            layer.part = parts[weight.shape] = parts.get(weight.shape) or layer.find_part()
 
 
 def _in_blocks(packed: Any, weight: torch.Tensor, group: int) -> bool:
@@ -247,7 +256,7 @@ def most_cheap_rows(*modules: torch.nn.Module) -> int:
     millisecond.
     """
     layers = [layer for module in modules for layer in module.modules() if isinstance(layer, torch.nn.Linear)]
-    return FEW_ROWS if all(isinstance(layer, FewRowsLinear | FewRowsInt8Linear) for layer in layers) else 4
+    return FEW_ROWS if all(isinstance(layer, FewRows) for layer in layers) else 4
 
 
 def quantize(decoder: torch.nn.Module) -> None:
@@ -268,8 +277,7 @@ def quantize(decoder: torch.nn.Module) -> None:
         if plain and weight.dtype in _DTYPES and multiplies() and _in_blocks(layer._packed, rounded, 4):
             layer.__class__ = FewRowsInt8Linear
             assert isinstance(layer, FewRowsInt8Linear)
-            layer._columns, layer._inner = rounded.shape
-            layer._address = torch.ops.mkldnn.data_ptr(layer._packed)
+            layer.read(rounded.shape)
 
 
 def _scales(matrix: torch.Tensor, greatest: int) -> torch.Tensor:
